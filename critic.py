@@ -12,7 +12,6 @@ import copy
 import inspect
 import os
 import shutil
-import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -525,7 +524,8 @@ def zero3_init(ds_config: dict[str, Any]):
     config = {"train_micro_batch_size_per_gpu": 1} | {
         name: ds_config[name] for name in names if name in ds_config
     }
-    holder = types.SimpleNamespace(
+    # What transformers asks of its HfDeepSpeedConfig, which needs accelerate; it keeps a weak reference only.
+    holder = type("ZeRO3", (), {"config": config, "is_zero3": lambda self: True})()
         config=config, is_zero3=lambda: True
     )  # transformers keeps a weak reference
     set_hf_deepspeed_config(holder)
@@ -654,7 +654,7 @@ def override_dropout(config: PretrainedConfig, dropout: float) -> None:
             and isinstance(value, (int, float))
             and not isinstance(value, bool)
         ):
-            setattr(config, name, float(dropout))
+            vars(config)[name] = dropout or type(value)(0)  # past validation: transformers types MPT's as an integer
 
 
 def gathered(parameter: Tensor, modifier_rank: int | None = None) -> contextlib.AbstractContextManager:
