@@ -38,6 +38,7 @@ from transformers.utils import (
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
     cached_file,
+    logging,
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -489,6 +490,8 @@ def load_backbone(
         ValueError: lists each missing or mis-shaped key, and each key that is neither the decoder's nor in `allowed`
             (None: any, since a pretrained checkpoint has a language-model head).
     """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report would call the head unexpected; what is wrong is raised below
     backbone, info = AutoModel.from_pretrained(
         path,
         config=config,
@@ -499,6 +502,7 @@ def load_backbone(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    logging.set_verbosity(verbosity)
     unexpected = set() if allowed is None else set(info["unexpected_keys"]) - allowed
     problems = [f"missing {key}" for key in sorted(info["missing_keys"])]
     problems += [f"unexpected {key}" for key in sorted(unexpected)]
@@ -515,19 +519,10 @@ def zero3_init(ds_config: dict[str, Any]):
     """Parameters made inside are born partitioned, by transformers' loading too."""
     import deepspeed
 
-    names = (
-        "zero_optimization",
-        "bf16",
-        "bfloat16",
-        "fp16",
-    )  # the rest of the file is for deepspeed.initialize
-    config = {"train_micro_batch_size_per_gpu": 1} | {
-        name: ds_config[name] for name in names if name in ds_config
-    }
+    names = {"zero_optimization", "bf16", "bfloat16", "fp16"}  # the rest is for deepspeed.initialize
+    config = {"train_micro_batch_size_per_gpu": 1} | {name: ds_config[name] for name in names & set(ds_config)}
     # What transformers asks of its HfDeepSpeedConfig, which needs accelerate; it keeps a weak reference only.
     holder = type("ZeRO3", (), {"config": config, "is_zero3": lambda self: True})()
-        config=config, is_zero3=lambda: True
-    )  # transformers keeps a weak reference
     set_hf_deepspeed_config(holder)
     try:
         yield lambda **module: deepspeed.zero.Init(config_dict_or_path=config, **module)

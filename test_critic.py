@@ -801,3 +801,10 @@ def test_the_demonstration_learns(tmp_path):
     ids, mask = pad_rows([tokenizer(line + "<eos>")["input_ids"] for line in (text, noise)])
     chosen, rejected = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"].tolist()
     assert chosen > rejected
+
+
+def test_the_readmes_python_runs_as_printed(trained, tokenizer, tmp_path):
+    """Step 2 to step 3; the folder `output` is a critic that step 2 left."""
+    block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
+    os.symlink(trained[1][1, 0][0], tmp_path / "output")
+    subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)}, check=True)
