@@ -4,7 +4,9 @@
 `reference_*` are the plain, slow meaning of the rules, a loop over rows and tokens; the tests compare with them.
 """
 
+import argparse
 import copy
+import ctypes
 import gzip
 import json
 import math
@@ -13,8 +15,11 @@ import pickle
 import random
 import re
 import socket
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -808,3 +813,215 @@ def test_the_readmes_python_runs_as_printed(trained, tokenizer, tmp_path):
     block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
     os.symlink(trained[1][1, 0][0], tmp_path / "output")
     subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)}, check=True)
+
+
+# ---- the benchmark: python test_critic.py [--model PATH --data FILE] ----
+
+
+def resident(name="VmRSS"):
+    """MiB of memory that this process has (VmRSS), or had at most (VmHWM)."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+def peak_above_start(run, device):
+    if device.type == "cuda":
+        start = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - start) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what an earlier run left in the allocator would hide this one's need
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    start = resident()
+    run()
+    return resident("VmHWM") - start
+
+
+def seconds(run, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def deepspeed_chat_loss(model, input_ids, attention_mask):
+    """The way of DeepSpeed-Chat: two rows of the whole width, a Python loop with device syncs in each pair."""
+    hidden = model.rwtransformer(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+    rewards, B, loss = model.v_head(hidden).squeeze(-1), len(input_ids) // 2, 0
+    for c_ids, r_ids, c_rewards, r_rewards in zip(input_ids[:B], input_ids[B:], rewards[:B], rewards[B:]):
+        ends = [ids.eq(model.PAD_ID).nonzero() for ids in (c_ids, r_ids)]
+        end = max(found[0].item() if len(found) else len(c_ids) for found in ends)
+        p = (c_ids != r_ids).nonzero()[0].item()
+        loss = loss - F.logsigmoid(c_rewards[p:end] - r_rewards[p:end]).mean()
+    return loss / B
+
+
+def benchmark_pairs(arguments, tokenizer, vocab):
+    import train_reward
+
+    if arguments.data:
+        return train_reward.tokenize(train_reward.read_rows(arguments.data), tokenizer, 512, arguments.data)
+    rng, pairs = random.Random(0), []
+    for _ in range(arguments.pairs):  # dialogue-like: p about 120, e - p about 60
+        ids = lambda count: [rng.randrange(10, vocab) for _ in range(count)]
+        scale = arguments.length / 180
+        prefix, tails = ids(int(scale * rng.randint(60, 180))), [ids(int(scale * rng.randint(30, 70))) for _ in "cr"]
+        pairs.append({"prompt": "", "chosen": prefix + [8] + tails[0], "rejected": prefix + [9] + tails[1], "divergence": len(prefix)})
+    return pairs
+
+
+def benchmark_steps(arguments):
+    import train_reward
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.model:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        backbone = AutoModel.from_pretrained(arguments.model, dtype=dtype)
+    else:
+        tokenizer = argparse.Namespace(pad_token_id=0)
+        config = AutoConfig.for_model(
+            "llama", vocab_size=4096, hidden_size=arguments.hidden_size, intermediate_size=arguments.hidden_size * 8 // 3,
+            num_hidden_layers=arguments.layers, num_attention_heads=arguments.hidden_size // 64, max_position_embeddings=8192,
+        )  # fmt: skip
+        backbone = AutoModel.from_config(config, dtype=dtype)
+    model = RewardModel(backbone, tokenizer).to(device).train()
+    pairs = benchmark_pairs(arguments, tokenizer, backbone.config.vocab_size)
+    random.Random(1).shuffle(pairs)
+    fixed, size = max(512, arguments.length * 2), 8
+    pairs = pairs[: arguments.pairs]
+    by_length = sorted(pairs, key=lambda pair: train_reward.cost(pair, model))
+    groups = lambda rows: [rows[at : at + size] for at in range(0, len(rows) - size + 1, size)]
+    collate = lambda rows: train_reward.collate(rows, model.PAD_ID, fixed, device)
+
+    def step(rows, share, loop=False):
+        model.zero_grad()
+        model.share_prefix = share
+        batch = collate(rows)
+        if loop:
+            batch["input_ids"] = F.pad(batch["input_ids"], (0, fixed - batch["input_ids"].size(1)), value=model.PAD_ID)
+            batch["attention_mask"] = F.pad(batch["attention_mask"], (0, fixed - batch["attention_mask"].size(1)))
+            deepspeed_chat_loss(model, **batch).backward()
+        else:
+            model(**batch)["loss"].backward()
+
+    ways = {
+        f"two rows padded to {fixed}, loop over pairs": [lambda rows=rows: step(rows, False, True) for rows in groups(pairs)],
+        "two rows padded to the longest": [lambda rows=rows: step(rows, False) for rows in groups(pairs)],
+        "two rows of like length": [lambda rows=rows: step(rows, False) for rows in groups(by_length)],
+        "shared prefix, like length": [lambda rows=rows: step(rows, True) for rows in groups(by_length)],
+    }
+    count = size * len(groups(pairs))
+    computed = []
+    hook = model.rwtransformer.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    tokens, memory = {}, {}
+    for name, steps in ways.items():  # the warm-up: every shape is met once
+        computed.clear()
+        memory[name] = max(peak_above_start(run, device) for run in steps)
+        tokens[name] = sum(computed) / count
+    hook.remove()
+    times = {name: [] for name in ways}
+    for _ in range(arguments.repeats):
+        for name, steps in ways.items():
+            times[name].append(sum(seconds(run, device) for run in steps))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    like, ideal = median["two rows of like length"], statistics.mean(train_reward.cost(pair, model) for pair in pairs)
+    cores = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"\n1. A training step, forward and backward: {parameters:.0f}M parameters, {arguments.dtype}, {cores}, {count} pairs, "
+          f"batch {size}; p + 2 (e - p) is {ideal:.0f} tokens; median of {arguments.repeats}")  # fmt: skip
+    print("| way | pairs a second | speed | tokens a pair | peak MiB |\n| --- | --- | --- | --- | --- |")
+    for name in ways:
+        print(f"| {name} | {count / median[name]:.2f} | {like / median[name]:.2f} | {tokens[name]:.0f} | {memory[name]:.0f} |")
+    promised = tokens["two rows of like length"] / tokens["shared prefix, like length"]
+    gained = like / median["shared prefix, like length"]
+    print(f"The ratio of tokens promises {promised:.2f}, the clock gives {gained:.2f}: {gained / promised:.2f} of it.")
+
+    rows = groups(by_length)[len(by_length) // size // 2]
+    model.share_prefix, batch, hidden = True, collate(rows), {}
+    whole, rest = [], []
+    forward = model.rwtransformer.forward
+    for repeat in range(arguments.repeats + 1):
+        model.zero_grad()
+        took = seconds(lambda: model(**batch)["loss"].backward(), device)
+
+        def without_backbone(input_ids, **kwargs):
+            shape = (*input_ids.shape, model.v_head.in_features)
+            if "states" not in hidden:
+                hidden["states"] = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+            return (hidden["states"],)
+
+        model.rwtransformer.forward = without_backbone
+        model(**batch)["loss"].backward()
+        alone = seconds(lambda: model(**batch)["loss"].backward(), device)
+        model.rwtransformer.forward = forward
+        if repeat:
+            whole.append(took)
+            rest.append(alone)
+    print(f"\n2. Everything that is not the backbone: {100 * statistics.median(rest) / statistics.median(whole):.2f}% of a step.")
+
+
+LOAD = """
+import sys, time, torch, test_critic, transformers
+from critic import RewardModel, create_critic_model
+way, folder = sys.argv[1:]
+tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "__len__": lambda self: 100})()
+config = transformers.AutoConfig.from_pretrained(folder)
+transformers.AutoModel.from_config(transformers.LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1))
+open("/proc/self/clear_refs", "w").write("5")
+memory, start = test_critic.resident(), time.perf_counter()
+if way == "plain":
+    model = RewardModel(transformers.AutoModel.from_config(config), tokenizer)
+    model.load_state_dict(torch.load(folder + "/pytorch_model.bin", map_location="cpu", weights_only=True))
+else:
+    model = create_critic_model(folder, tokenizer, None, rlhf_training=True)
+print(time.perf_counter() - start, test_critic.resident("VmHWM") - memory)
+"""
+
+
+def benchmark_load(arguments):
+    with tempfile.TemporaryDirectory() as folder:
+        config = AutoConfig.for_model(
+            "llama", vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=22, num_attention_heads=16
+        )
+        model = RewardModel(AutoModel.from_config(config), argparse.Namespace(pad_token_id=0))
+        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        write_deepspeed_chat(Path(folder) / "reward", model)
+        del model
+        found = {"plain": [], "create_critic_model": []}
+        for _ in range(3):
+            for way, results in found.items():
+                command = [sys.executable, "-c", LOAD, way, str(Path(folder) / "reward")]
+                run = subprocess.run(command, cwd=HERE, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                results.append([float(word) for word in run.stdout.split()[-2:]])
+        (plain, plain_memory), (ours, memory) = ([statistics.median(column) for column in zip(*results)] for results in found.values())
+    print(f"\n3. Loading a checkpoint of {parameters:.0f}M parameters in float32, median of 3")
+    print("| way | seconds | peak MiB above the start |\n| --- | --- | --- |")
+    print(f"| build, `torch.load`, `load_state_dict` | {plain:.2f} | {plain_memory:.0f} |")
+    print(f"| `create_critic_model(..., rlhf_training=True)` | {ours:.2f} | {memory:.0f} |")
+    print(f"{plain / ours:.1f} times faster, {memory / plain_memory:.2f} of the memory.")
+
+
+def benchmark():
+    parser = argparse.ArgumentParser(description="The benchmark: ratios measured side by side in one run.")
+    parser.add_argument("--model", help="a decoder's folder or hub id (default: a Llama made on the spot)")
+    parser.add_argument("--data", help="preference pairs, .jsonl or .jsonl.gz (default: dialogue-like ones made on the spot)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--pairs", type=int, default=32, help="pairs to measure")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--length", type=int, default=180, help="longest row, about, of the pairs made on the spot")
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(os.cpu_count())
+    benchmark_steps(arguments)
+    benchmark_load(arguments)
+
+
+if __name__ == "__main__":
+    benchmark()

@@ -232,7 +232,7 @@ def demonstration(folder: str, seed: int) -> tuple[list, list]:
 
 
 def is_lead() -> bool:
-    return dist.get_rank() == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @torch.no_grad()
@@ -359,6 +359,8 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", 1))))  # else ranks fight for cores
     deepspeed.init_distributed()
     try:
         ds_config, tokenizer, model, train_pairs, eval_pairs, sampler, total_steps = prepare(args)
