@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 # The reward/critic model of RLHF in one file, after DeepSpeed-Chat's `create_critic_model` and `RewardModel`.
-"""A pretrained decoder with a linear value head: trained on chosen/rejected pairs, then PPO's critic and reward model.
+"""A pretrained decoder with a linear value head: trained on pairs, then PPO's critic and reward model.
 
-Read from top to bottom: where a row's content lies -> a pair as one row -> the loss -> the model -> create -> save.
-Letters in the shape comments: B pairs (or rows), T tokens a row, E the longest content of a batch, W the columns of
-a row that holds a pair, H the width of the hidden states. Of 2B rows the first B are chosen, the others rejected.
+Read from top to bottom: content of a row -> a pair as one row -> the loss -> the model -> create -> save.
+Letters in the shape comments: B pairs (or rows), T tokens a row, E the longest content of a batch, W the
+columns of a row that holds a pair, H the width of the hidden states. Of 2B rows the first B are chosen, the
+others rejected.
 """
 
 import contextlib
@@ -44,13 +45,14 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 ROW_MULTIPLE = 32  # row lengths are rounded up to it: kernels and allocator meet few shapes
 
-# Families for which a pair in one row was measured equal to two rows (test_critic.py): their layers add a 4-D mask
-# as it is given and take `position_ids`. Not among them: ALiBi (BLOOM, MPT: no position_ids), local or linear
-# attention (GPT-Neo, Mamba, Qwen3-Next), and whatever nobody has measured.
-SHARED_PREFIX_FAMILIES = frozenset(
-    "opt llama gpt2 gptj gpt_neox gpt_bigcode falcon mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 "
-    "stablelm olmo2 starcoder2".split()
-)
+# Families for which a pair in one row was measured equal to two rows (test_critic.py): their layers add a 4-D
+# mask as it is given and take `position_ids`. Not among them: ALiBi (BLOOM, MPT: no position_ids), local or
+# linear attention (GPT-Neo, Mamba, Qwen3-Next), and whatever nobody has measured.
+SHARED_PREFIX_FAMILIES = {
+    "opt", "llama", "gpt2", "gptj", "gpt_neox", "gpt_bigcode", "falcon", "mistral", "mixtral",
+    "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "stablelm", "olmo2",
+    "starcoder2",
+}  # fmt: skip
 
 
 def round_up(length: int, multiple: int = ROW_MULTIPLE) -> int:
@@ -59,17 +61,16 @@ def round_up(length: int, multiple: int = ROW_MULTIPLE) -> int:
 
 def align_content(
     input_ids: Tensor, attention_mask: Tensor | None, pad_id: int, num_padding_at_beginning: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Find each row's content, and the columns in which to read the row so that its content begins at column 0.
+) -> tuple[Tensor, Tensor]:
+    """Find each row's content, and the order of columns that puts its beginning at column 0.
 
-    With a mask, content runs from its first 1 to its last 1. Without, from the first to the last id that is not PAD,
-    and `num_padding_at_beginning` ids before: OPT begins every text with BOS, and with pad = eos BOS is PAD
-    (DeepSpeedExamples #455). An interior PAD, such as the eos of an earlier turn, ends nothing.
+    With a mask, content runs from its first 1 to its last 1. Without, from the first to the last id that is
+    not PAD, and `num_padding_at_beginning` ids before: OPT begins every text with BOS, and with pad = eos BOS
+    is PAD (DeepSpeedExamples #455). An interior PAD, such as the eos of an earlier turn, ends nothing.
 
     Returns:
-        columns (R, T): a rotation of 0..T-1, so that nothing of the row is lost; left padding becomes right padding.
+        columns (R, T): a rotation of 0..T-1, nothing is lost; left padding becomes right padding.
         length (R,): content tokens; 0 in a row without content.
-        start (R,): the column at which content begins.
     """
     content = attention_mask.bool() if attention_mask is not None else input_ids != pad_id  # (R, T)
     T = content.size(1)
@@ -78,14 +79,14 @@ def align_content(
         start = (start - num_padding_at_beginning).clamp(min=0)
     length = torch.where(content.any(1), T - content.flip(1).int().argmax(1) - start, 0)
     columns = (torch.arange(T, device=input_ids.device) + start[:, None]) % T
-    return columns, length, start
+    return columns, length
 
 
 def can_share_prefix(config: PretrainedConfig, longest: int, columns: int) -> bool:
-    """Whether a pair may run as one row. Wrong is worse than slow: what is not known to hold runs as two rows.
+    """Whether a pair may run as one row. Wrong is worse than slow: elsewhere it runs as two rows.
 
     Args:
-        longest: content tokens of the longest row; columns: W, those of the row that would hold the longest pair.
+        longest: content tokens of the longest row; columns: W, of the row that holds the longest pair.
     """
     if config.model_type not in SHARED_PREFIX_FAMILIES:
         return False  # not measured: see the list
@@ -95,16 +96,15 @@ def can_share_prefix(config: PretrainedConfig, longest: int, columns: int) -> bo
         return False  # Falcon's ALiBi counts columns, not positions; Gemma 3 can be made an encoder
     if longest > (getattr(config, "sliding_window", None) or longest):
         return False  # our mask replaces the layer's own, which would have cut older tokens off
-    if any(
-        kind in str(getattr(config, name, ""))
-        for name in ("rope_parameters", "rope_scaling")
-        for kind in ("dynamic", "longrope")
-    ):
+    rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
+    if "dynamic" in rope or "longrope" in rope:
         return False  # these rotary embeddings change with the longest position, which padding moves
-    if config.model_type in ("gpt2", "gptj", "gpt_bigcode"):
-        return (
-            columns <= config.max_position_embeddings
-        )  # older ones keep a triangular buffer of that many columns
+    if config.model_type in (
+        "gpt2",
+        "gptj",
+        "gpt_bigcode",
+    ):  # older ones keep a triangular buffer of these columns
+        return columns <= config.max_position_embeddings
     return True
 
 
@@ -119,11 +119,11 @@ def pair_in_one_row(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Lay each pair out as `prefix | chosen tail | rejected tail`, so that the prompt is computed once.
 
-    In a causal model the hidden states of the common prefix are the same in both rows, and the loss reads none of
-    them. What may be seen, for a prefix `P Q`, chosen tail `a b` and rejected tail `x y` (# seen, . not):
+    In a causal model the hidden states of the common prefix are the same in both rows, and the loss reads
+    none of them. What may be seen, for a prefix `P Q`, chosen tail `a b` and rejected tail `x y`:
 
                       key  P Q a b x y     position
-        query  P           # . . . . .     0
+        query  P           # . . . . .     0   # is seen, . is not
                Q           # # . . . .     1
                a           # # # . . .     2
                b           # # # # . .     3
@@ -131,11 +131,11 @@ def pair_in_one_row(
                y           # # . . # #     3   and its positions go on from the prefix
 
     Args:
-        ids, positions, mask (2B, E): aligned at column 0; where the mask is 0 a token is no key, as in two rows.
+        ids, positions, mask (2B, E): aligned at column 0; where the mask is 0 a token is no key.
         divergence (B,): tokens of the prefix. tail (2B,): tokens of each row from there on.
 
     Returns:
-        The backbone's arguments for B rows of W columns, and (2B, E): the column at which each row's token t stands.
+        The backbone's arguments for B rows of W columns, and (2B, E): the column of each row's token t.
     """
     E = ids.size(1)
     t = torch.arange(E, device=ids.device)
@@ -156,8 +156,8 @@ def pair_in_one_row(
     )
     if mask is not None:
         seen &= lay_out(mask, False)[:, None, :]
-    # Additive and in the backbone's dtype, made once: sdpa would turn a boolean mask into this in every layer, and
-    # eager attention adds what it is given.
+    # Additive and in the backbone's dtype, made once: sdpa would turn a boolean mask into this in every
+    # layer, and eager attention adds what it is given.
     additive = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[
         :, None
     ]  # (B, 1, W, W)
@@ -169,12 +169,12 @@ def pair_in_one_row(
 def ranking_loss(rewards: Tensor, length: Tensor, divergence: Tensor, loss_on: str) -> tuple[Tensor, Tensor]:
     """The Bradley-Terry loss of B pairs, `-log sigmoid(chosen - rejected)`.
 
-    "tokens" averages it over every position from the divergence to the longer row's end, as DeepSpeed-Chat does; the
-    shorter row's padding takes part (DeepSpeedExamples #316). "end" takes the two end scores alone, as InstructGPT
-    (arXiv:2203.02155). An identical pair gives log 2 and no gradient.
+    "tokens" averages it over every position from the divergence to the longer row's end, as DeepSpeed-Chat
+    does; the shorter row's padding takes part (DeepSpeedExamples #316). "end" takes the two end scores alone,
+    as InstructGPT (arXiv:2203.02155). An identical pair gives log 2 and no gradient.
 
     Args:
-        rewards (2B, E): aligned at column 0. length (2B,). divergence (B,): at the row's end for an identical pair.
+        rewards (2B, E): aligned at column 0. length (2B,). divergence (B,): the row's end for an identical pair.
 
     Returns:
         loss (), end scores (2B,).
@@ -194,7 +194,7 @@ def ranking_loss(rewards: Tensor, length: Tensor, divergence: Tensor, loss_on: s
 
 
 class ValueHead(nn.Linear):
-    """`nn.Linear(H, 1, bias=False)`, in float32 if asked: in bf16 a score near 4 moves in steps of 0.03, and pairs tie.
+    """`nn.Linear(H, 1, bias=False)`, in float32 if asked: bf16 scores near 4 move in steps of 0.03 and tie.
 
     The cast lies in the module's own forward because ZeRO-3 gathers its weight only there.
     """
@@ -216,8 +216,8 @@ class RewardModel(nn.Module):
     Args:
         base_model: the decoder without its language-model head, `last_hidden_state` its first output.
         tokenizer: of which only `pad_token_id` is read.
-        num_padding_at_beginning: PAD ids with which the tokenizer begins every text: 1 for OPT with pad = eos = bos,
-            0 for nearly all others. Read only where no `attention_mask` is given.
+        num_padding_at_beginning: PAD ids with which the tokenizer begins every text: 1 for OPT with pad = eos
+            = bos, 0 for nearly all others. Read only where no `attention_mask` is given.
         compute_fp32_loss: head and loss in float32 whatever the backbone's dtype.
 
     Attributes:
@@ -279,11 +279,11 @@ class RewardModel(nn.Module):
 
         Args:
             input_ids (2B, T): chosen rows, then the rejected ones in the same order.
-            attention_mask (2B, T): 1 at content. Without one padding is told by PAD, and is not hidden as a key.
+            attention_mask (2B, T): 1 at content. Without one padding is told by PAD, and is seen as a key.
             position_ids (2B, T), inputs_embeds (2B, T, H), use_cache: as the backbone takes them.
 
         Returns:
-            loss (), and the end scores chosen_mean_scores and rejected_mean_scores (B,): the original's names.
+            loss (), and the end scores chosen_mean_scores and rejected_mean_scores (B,).
 
         Raises:
             ValueError: names the argument or the row, and what to do.
@@ -297,7 +297,7 @@ class RewardModel(nn.Module):
             raise ValueError(
                 f"input_ids has {len(input_ids)} rows: pass B chosen rows, then their B rejected ones"
             )
-        ids, mask, columns, length, _ = self._align(input_ids, attention_mask)
+        ids, mask, columns, length = self._align(input_ids, attention_mask)
         T = ids.size(1)
         t = torch.arange(T, device=ids.device)
         shorter, longer = torch.aminmax(torch.stack(length.chunk(2)), dim=0)  # (B,) each
@@ -305,48 +305,32 @@ class RewardModel(nn.Module):
         differs = (chosen != rejected) | (t >= shorter[:, None])  # (B, T)
         divergence = torch.where(differs.any(1), differs.int().argmax(1), T)  # (B,)
         tail = (longer.repeat(2) if self.loss_on == "tokens" else length) - divergence.repeat(2)  # (2B,)
-        masks_agree = torch.ones((), device=ids.device)
-        if (
-            mask is not None
-        ):  # a mask with holes may differ where the ids do not: then there is no common prefix
+        masks_agree = torch.ones((), dtype=torch.bool, device=ids.device)
+        if mask is not None:  # masks with holes may differ where the ids do not: no common prefix then
             masks_agree = (torch.eq(*mask.chunk(2)) | (t >= divergence[:, None])).all()
         # The one device-to-host sync: what the shapes below depend on, and whether a row is empty.
-        facts = [
-            longer.max(),
-            (divergence + tail.view(2, -1).sum(0)).max(),
-            length.min(),
-            length.argmin(),
-            masks_agree,
-        ]
-        longest, pair_tokens, least, least_row, masks_agree = torch.stack(
-            [fact.long() for fact in facts]
-        ).tolist()
+        pair_tokens = divergence + tail.view(2, -1).sum(0)  # (B,)
+        facts = longer.max(), pair_tokens.max(), length.min(), length.argmin(), masks_agree.long()
+        longest, pair_tokens, least, least_row, masks_agree = torch.stack(facts).tolist()
         self._require_content(least, least_row)
 
         E, W = min(round_up(longest), T), round_up(pair_tokens)
         ids, mask = ids[:, :E], None if mask is None else mask[:, :E]
-        if (
-            self.share_prefix
-            and not options
-            and masks_agree
-            and W < 2 * E
-            and can_share_prefix(self.config, longest, W)
-        ):
+        shares = self.share_prefix and not options and masks_agree and W < 2 * E
+        if shares and can_share_prefix(self.config, longest, W):
             positions = t[:E].expand_as(ids)
             if (
                 mask is not None and self.config.model_type == "opt"
-            ):  # alone in deriving positions from the mask
+            ):  # it alone derives positions from the mask
                 positions = mask.cumsum(1) * mask - 1
-            inputs, moved = pair_in_one_row(
-                ids, mask, positions, divergence, tail, W, self.rwtransformer.dtype
-            )
+            dtype = self.rwtransformer.dtype
+            inputs, moved = pair_in_one_row(ids, mask, positions, divergence, tail, W, dtype)
             rewards = self._rewards(use_cache=use_cache, **inputs)  # (B, W)
             rewards = rewards.repeat(2, 1).gather(1, moved)  # (2B, E)
         else:
             options = {name: self._rotate(value, columns)[:, :E] for name, value in options.items()}
-            rewards = self._rewards(
-                input_ids=ids, attention_mask=mask, use_cache=use_cache, **options
-            )  # (2B, E)
+            inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": use_cache}
+            rewards = self._rewards(**inputs, **options)  # (2B, E)
         loss, end_scores = ranking_loss(rewards, length, divergence, self.loss_on)
         chosen_scores, rejected_scores = end_scores.chunk(2)
         return {"loss": loss, "chosen_mean_scores": chosen_scores, "rejected_mean_scores": rejected_scores}
@@ -366,13 +350,13 @@ class RewardModel(nn.Module):
         """The values of B rows, one a token: what PPO's critic and the frozen reward model give.
 
         Args:
-            input_ids, attention_mask (B, T): as in `forward`; prompts padded left, answers right is what PPO makes.
-            prompt_length: columns before the answer, greater than 1 and at most T; unless `return_value_only`.
+            input_ids, attention_mask (B, T): as in `forward`; PPO pads prompts left, answers right.
+            prompt_length: columns before the answer, in (1, T]; read unless `return_value_only`.
 
         Returns:
             values (B, T), at padding too: what the backbone makes of PAD after the content. Unless
-            `return_value_only`, a dict of `values` and `chosen_end_scores` (B,), the rewards at each row's last
-            content token.
+            `return_value_only`, a dict of `values` and `chosen_end_scores` (B,), the rewards at each row's
+            last content token.
 
         Raises:
             ValueError: names the argument or the row, and what to do.
@@ -385,7 +369,7 @@ class RewardModel(nn.Module):
             raise ValueError(
                 f"prompt_length is {prompt_length}: it must be greater than 1 and at most {T}, the row length"
             )
-        ids, mask, columns, length, start = self._align(input_ids, attention_mask)
+        ids, mask, columns, length = self._align(input_ids, attention_mask)
         self._require_content(*torch.stack([length.min(), length.argmin()]).tolist())
         options = {name: self._rotate(value, columns) for name, value in options.items()}
         aligned = self._rewards(input_ids=ids, attention_mask=mask, use_cache=use_cache, **options)  # (B, T)
@@ -397,7 +381,7 @@ class RewardModel(nn.Module):
     def _options(
         self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: Any, *others: Tensor | None
     ) -> dict[str, Tensor]:
-        """Check the arguments' shapes, and keep those of the original's other ones that the backbone still takes."""
+        """Check shapes, and keep those of the original's other arguments that the backbone still takes."""
         if input_ids.dim() != 2 or not input_ids.size(1):
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: pass (rows, tokens)")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -423,15 +407,13 @@ class RewardModel(nn.Module):
 
     def _align(
         self, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        """Rows with content at column 0 and PAD behind: ids (R, T), mask (R, T), and `align_content`'s three."""
-        columns, length, start = align_content(
-            input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning
-        )
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Rows with content at column 0 and PAD behind: ids and mask (R, T); `align_content`'s two."""
+        columns, length = align_content(input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning)
         behind = torch.arange(input_ids.size(1), device=input_ids.device) >= length[:, None]
         ids = input_ids.gather(1, columns).masked_fill(behind, self.PAD_ID)
         mask = None if attention_mask is None else attention_mask.gather(1, columns).bool()
-        return ids, mask, columns, length, start
+        return ids, mask, columns, length
 
     @staticmethod
     def _rotate(rows: Tensor, columns: Tensor) -> Tensor:
@@ -487,22 +469,24 @@ def load_backbone(
     """The decoder through `AutoModel`, which maps the file and initialises nothing that it then overwrites.
 
     Raises:
-        ValueError: lists each missing or mis-shaped key, and each key that is neither the decoder's nor in `allowed`
-            (None: any, since a pretrained checkpoint has a language-model head).
+        ValueError: lists each missing or mis-shaped key, and each key that is neither the decoder's nor in
+            `allowed` (None: any, since a pretrained checkpoint has a language-model head).
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the report would call the head unexpected; what is wrong is raised below
-    backbone, info = AutoModel.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        key_mapping={
-            r"^rwtra(?:nsformer|nrsformer)\.": ""
-        },  # DeepSpeed-Chat's prefix, and its older spelling
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    logging.set_verbosity(verbosity)
+    logging.set_verbosity_error()  # its report would call the head unexpected; what is wrong is raised below
+    try:
+        backbone, info = AutoModel.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            key_mapping={
+                r"^rwtra(?:nsformer|nrsformer)\.": ""
+            },  # DeepSpeed-Chat's prefix, and its older spelling
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     unexpected = set() if allowed is None else set(info["unexpected_keys"]) - allowed
     problems = [f"missing {key}" for key in sorted(info["missing_keys"])]
     problems += [f"unexpected {key}" for key in sorted(unexpected)]
@@ -520,7 +504,9 @@ def zero3_init(ds_config: dict[str, Any]):
     import deepspeed
 
     names = {"zero_optimization", "bf16", "bfloat16", "fp16"}  # the rest is for deepspeed.initialize
-    config = {"train_micro_batch_size_per_gpu": 1} | {name: ds_config[name] for name in names & set(ds_config)}
+    config = {"train_micro_batch_size_per_gpu": 1} | {
+        name: ds_config[name] for name in names & set(ds_config)
+    }
     # What transformers asks of its HfDeepSpeedConfig, which needs accelerate; it keeps a weak reference only.
     holder = type("ZeRO3", (), {"config": config, "is_zero3": lambda self: True})()
     set_hf_deepspeed_config(holder)
@@ -544,16 +530,16 @@ def create_critic_model(
 
     Args:
         model_name_or_path: a local folder or a hub id. With `rlhf_training` a checkpoint of DeepSpeed-Chat's
-            (`rwtransformer.*`, `v_head.weight`), or one of transformers' `AutoModelForSequenceClassification` with
-            one label, which TRL and OpenRLHF write too; safetensors or pickle, whole or sharded.
+            (`rwtransformer.*`, `v_head.weight`), or one of transformers' `AutoModelForSequenceClassification`
+            with one label, which TRL and OpenRLHF write too; safetensors or pickle, whole or sharded.
         tokenizer: with a pad_token_id; embeddings grow to its length, rounded up to a multiple of 8.
         ds_config: the DeepSpeed config: bf16 or fp16 sets the dtype (else float32), ZeRO stage 3 partitions.
-        rlhf_training: load backbone and head from a reward checkpoint, instead of a backbone with a fresh head.
+        rlhf_training: load backbone and head from a reward checkpoint, not a backbone and a fresh head.
         dropout: in [0, 1), overrides every dropout probability of the config; None leaves them.
         zero_stage: the original's argument; the stage in `ds_config` is what counts.
 
     Raises:
-        ValueError: names the argument, file or key at fault and the remedy. OSError: no such folder or hub id.
+        ValueError: names the argument, file or key at fault and the remedy. OSError: no such folder or id.
     """
     ds_config = ds_config or {}
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
@@ -603,13 +589,13 @@ def create_critic_model(
     with contextlib.ExitStack() as stack:
         zero_init = contextlib.nullcontext
         if stage == 3:
-            # Under ZeRO-3 transformers reports no unexpected key, and a mis-shaped one on rank 0 alone: a hang. So
-            # rank 0 first loads the plain way, where the file is only mapped, and tells all ranks what it found.
+            # Under ZeRO-3 transformers reports no unexpected key, and a mis-shaped one on rank 0 alone: a
+            # hang. So rank 0 first loads the plain way, where the file is only mapped, and tells all ranks.
             verdict = [None]
             if torch.distributed.get_rank() == 0:
                 try:
                     load_backbone(*arguments)
-                except Exception as error:
+                except (ValueError, OSError, RuntimeError) as error:
                     verdict = [str(error)]
             torch.distributed.broadcast_object_list(verdict)
             if verdict[0] is not None:
@@ -638,7 +624,7 @@ def create_critic_model(
 
 
 def override_dropout(config: PretrainedConfig, dropout: float) -> None:
-    """Set every dropout probability of a config, nested ones too: `dropout`, `attention_dropout`, `resid_pdrop`, ..."""
+    """Set every dropout probability of a config, nested ones too: `dropout`, `resid_pdrop`, ..."""
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}: it must be at least 0 and less than 1")
     for name, value in list(vars(config).items()):
@@ -649,7 +635,9 @@ def override_dropout(config: PretrainedConfig, dropout: float) -> None:
             and isinstance(value, (int, float))
             and not isinstance(value, bool)
         ):
-            vars(config)[name] = dropout or type(value)(0)  # past validation: transformers types MPT's as an integer
+            vars(config)[name] = dropout or type(value)(
+                0
+            )  # past validation: transformers types MPT's as an integer
 
 
 def gathered(parameter: Tensor, modifier_rank: int | None = None) -> contextlib.AbstractContextManager:
@@ -664,10 +652,10 @@ def gathered(parameter: Tensor, modifier_rank: int | None = None) -> contextlib.
 def save_critic_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, output_dir: str | os.PathLike
 ) -> None:
-    """Write the critic as transformers' `AutoModelForSequenceClassification` reads it: TRL, RewardBench and vLLM too.
+    """Write the critic as transformers' `AutoModelForSequenceClassification` reads it; so do TRL and vLLM.
 
-    Every rank calls it; under ZeRO-3 parameters are gathered one by one, and rank 0 alone writes. The folder is
-    written beside its place and moved in, the weights last: what `output_dir` held stays whole until then.
+    Every rank calls it; under ZeRO-3 parameters are gathered one by one, and rank 0 alone writes. The folder
+    is written beside its place and moved in, the weights last: what `output_dir` held stays whole until then.
 
     Args:
         model: a RewardModel or the DeepSpeed engine around it, at any ZeRO stage.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 # Step 2 of RLHF: train a reward model on chosen/rejected pairs with DeepSpeed. Needs critic.py beside it.
-"""Train a reward model on preference pairs: `deepspeed train_reward.py [--model_name_or_path ... --data_path ...]`.
+"""Train a reward model on preference pairs: `deepspeed train_reward.py --model_name_or_path M --data_path D`.
 
-Without arguments a small critic learns, offline, to tell Python's reference manual from a copy with shuffled letters.
+Without arguments a small critic learns, offline, to tell Python's reference manual from a garbled copy.
 """
 
 import argparse
@@ -39,21 +39,22 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model_name_or_path", help="pretrained decoder, a folder or a hub id (default: a small one made on the spot)")
-    add("--data_path", nargs="+", help="preference pairs, .jsonl or .jsonl.gz (default: made from Python's manual)")
+    add("--model_name_or_path", help="pretrained decoder, folder or hub id (default: one made on the spot)")
+    add("--data_path", nargs="+", help="pairs, .jsonl or .jsonl.gz (default: made from Python's manual)")
     add("--eval_path", nargs="+", help="held-out pairs (default: --eval_fraction of the data)")
-    add("--eval_fraction", type=float, default=0.1, help="share of the prompts held out where --eval_path is not given")
-    add("--max_seq_len", type=int, default=512, help="pairs with a longer answer, in tokens, are left out")
+    add("--eval_fraction", type=float, default=0.1, help="share of the prompts to hold out")
+    add("--max_seq_len", type=int, default=512, help="tokens; pairs with a longer text are left out")
     add("--num_train_epochs", type=int, default=1, help="passes over the data")
     add("--output_dir", default="output", help="where the critic and metrics.jsonl go")
     add("--seed", type=int, default=1234, help="of the fresh head, the order of the data and dropout")
-    add("--num_padding_at_beginning", type=int, help="PADs that begin every text (default: counted by tokenizing one)")
+    add("--num_padding_at_beginning", type=int, help="PADs that begin every text (default: counted)")
     add("--dropout", type=float, help="overrides every dropout probability of the model")
     add("--compute_fp32_loss", action="store_true", help="value head and loss in float32")
-    add("--loss_on", choices=["tokens", "end"], default="tokens", help="every token from the divergence on, or the last")
+    add("--loss_on", choices=["tokens", "end"], default="tokens", help="the positions that the loss reads")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add("--eval_interval", type=int, default=0, help="optimizer steps between evaluations (0: at start and end only)")
-    add("--deepspeed_config", default=str(Path(__file__).with_name("ds_config.json")), help="batch, optimizer, ZeRO, ...")
+    add("--eval_interval", type=int, default=0, help="optimizer steps between evaluations (0: none between)")
+    ds_config = str(Path(__file__).with_name("ds_config.json"))
+    add("--deepspeed_config", default=ds_config, help="batch, optimizer, schedule, precision, ZeRO stage")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
     for name, fits, remedy in [
@@ -73,7 +74,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a .jsonl or .jsonl.gz file, each with the `file:line` that an error about it should name."""
+    """The rows of a .jsonl or .jsonl.gz file, each with the `file:line` for an error about it."""
     rows = []
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
@@ -87,9 +88,11 @@ def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line.decode("utf-8"))
         except ValueError as error:
-            raise ValueError(f"{where}: not a JSON object in UTF-8, mend or delete the line ({error})") from error
+            raise ValueError(
+                f"{where}: not a JSON object in UTF-8, mend or delete the line ({error})"
+            ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: a {type(row).__name__}, not an object with chosen and rejected")
+            raise ValueError(f"{where}: a {type(row).__name__}, not an object with chosen and rejected")  # noqa: TRY004
         rows.append((where, row))
     if not rows:
         raise ValueError(f"{path}: no rows, one JSON object a line is needed")
@@ -97,10 +100,10 @@ def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def render(where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """A row's (prompt, chosen text, rejected text), the texts with the prompt; messages through the chat template.
+    """A row's (prompt, chosen text, rejected text), the texts with the prompt; messages via the template.
 
-    Without a prompt it is what the two dialogues begin with, up to the last turn of HH-RLHF's if there is one: it
-    only serves to keep the pairs of one prompt on one side of the split.
+    Without a prompt it is what the two dialogues begin with, up to the last turn of HH-RLHF's if there is
+    one: it only serves to keep the pairs of one prompt on one side of the split.
     """
     prompt, answers = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
     kinds = {type(value) for value in answers + [prompt] * ("prompt" in row)}
@@ -114,15 +117,25 @@ def render(where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
         return prompt, chosen, rejected
     if kinds != {list}:
         got = ", ".join(f"{key}: {type(row.get(key)).__name__}" for key in ("prompt", "chosen", "rejected"))
-        raise ValueError(f"{where}: chosen, rejected (and prompt, if any) must all be texts or all be messages; got {got}")
+        raise ValueError(
+            f"{where}: chosen, rejected (and prompt, if any) must all be texts or all be messages; got {got}"
+        )
     if tokenizer.chat_template is None:
-        raise ValueError(f"{where}: messages, but the tokenizer has no chat template; pass texts, or a model with one")
+        raise ValueError(
+            f"{where}: messages, but the tokenizer has no chat template; pass texts, or a model with one"
+        )
     dialogues = [(prompt or []) + answer for answer in answers]
     for message in itertools.chain(*dialogues):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f'{where}: a message must be {{"role": text, "content": text}}; got {str(message)[:80]}')
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise ValueError(
+                f'{where}: a message must be {{"role": text, "content": text}}; got {str(message)[:80]}'
+            )
     if not all(dialogues):
-        raise ValueError(f"{where}: chosen or rejected has no message, give both an answer or delete the line")
+        raise ValueError(
+            f"{where}: chosen or rejected has no message, give both an answer or delete the line"
+        )
     if prompt is None:
         prompt = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*dialogues))]
     try:
@@ -135,7 +148,7 @@ def render(where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
 def tokenize(
     rows: list[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, max_seq_len: int, name: str
 ) -> list[dict[str, Any]]:
-    """Pairs of token ids, each text with EOS at its end, with the divergence; unfit pairs are left out and counted.
+    """Pairs of token ids, each text with EOS at its end, and the divergence; unfit pairs are left out and counted.
 
     Truncating a pair's end would train on half an answer, so a pair that is too long is left out whole.
     """
@@ -145,7 +158,9 @@ def tokenize(
         # A lone surrogate has no UTF-8, which fast tokenizers need; a chat template has written BOS itself.
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         encoded = tokenizer(texts, add_special_tokens=isinstance(row["chosen"], str))["input_ids"]
-        chosen, rejected = (ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id] for ids in encoded)
+        chosen, rejected = (
+            ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id] for ids in encoded
+        )
         if chosen == rejected:
             left_out["identical"] += 1
         elif min(len(chosen), len(rejected)) < 2:
@@ -170,18 +185,22 @@ def split_by_prompt(pairs: list[dict[str, Any]], fraction: float, seed: int) -> 
 
 
 def cost(pair: dict[str, Any], model: torch.nn.Module) -> int:
-    """Tokens that the critic computes for a pair: p + 2 (e - p) as one row, two rows of the longer length else."""
+    """Tokens that the critic computes for a pair: p + 2 (e - p) as one row, else two rows of e."""
     p, c, r = pair["divergence"], len(pair["chosen"]), len(pair["rejected"])
     if not model.share_prefix or model.config.model_type not in SHARED_PREFIX_FAMILIES:
         return 2 * max(c, r)
     return c + r - p if model.loss_on == "end" else 2 * max(c, r) - p
 
 
-def collate(pairs: list[dict[str, Any]], pad_id: int, max_seq_len: int, device: torch.device) -> dict[str, torch.Tensor]:
+def collate(
+    pairs: list[dict[str, Any]], pad_id: int, max_seq_len: int, device: torch.device
+) -> dict[str, torch.Tensor]:
     """B pairs as input_ids and attention_mask (2B, T), padded right to a multiple that kernels like."""
     rows = [torch.tensor(pair[side]) for side in ("chosen", "rejected") for pair in pairs]
     longest = max(map(len, rows))
-    rows.append(torch.zeros(min(round_up(longest), max(longest, max_seq_len)), dtype=torch.long))  # sets the width
+    rows.append(
+        torch.zeros(min(round_up(longest), max(longest, max_seq_len)), dtype=torch.long)
+    )  # sets the width
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)[:-1]
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)[:-1]
     return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
@@ -193,10 +212,12 @@ def collate(pairs: list[dict[str, Any]], pad_id: int, max_seq_len: int, device: 
 def demonstration(folder: str, seed: int) -> tuple[list, list]:
     """Write a small untrained Llama and its tokenizer to `folder`; return (training, held-out) rows.
 
-    A pair is a passage of the reference manual, and the same with the letters of every fourth word of its second part shuffled.
+    A pair is a passage of the reference manual, and the same with the letters of every fourth word of its
+    second part shuffled.
     The held-out topics are ones that neither the model nor the tokenizer has seen.
     """
     from pydoc_data.topics import topics
+
     from tokenizers import ByteLevelBPETokenizer
     from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 
@@ -210,9 +231,13 @@ def demonstration(folder: str, seed: int) -> tuple[list, list]:
             words = topics[name].split()
             for at in range(0, len(words) - 39, 20):
                 passage = words[at : at + 40]
-                shuffled = ["".join(rng.sample(w, len(w))) if rng.random() < 0.25 else w for w in passage[12:]]
+                shuffled = [
+                    "".join(rng.sample(w, len(w))) if rng.random() < 0.25 else w for w in passage[12:]
+                ]
                 prompt, chosen, rejected = (" ".join(text) for text in (passage[:12], passage[12:], shuffled))
-                rows.append((f"topic {name}", {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected}))
+                rows.append(
+                    (f"topic {name}", {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected})
+                )
         sides.append(rows)
     bpe = ByteLevelBPETokenizer()
     texts = [row["prompt"] + row["chosen"] for _, row in sides[0]]
@@ -236,10 +261,12 @@ def is_lead() -> bool:
 
 
 @torch.no_grad()
-def evaluate(engine: deepspeed.DeepSpeedEngine, pairs: list[dict], pad_id: int, max_seq_len: int) -> dict[str, Any]:
+def evaluate(
+    engine: deepspeed.DeepSpeedEngine, pairs: list[dict], pad_id: int, max_seq_len: int
+) -> dict[str, Any]:
     """Accuracy, loss and scores on held-out pairs, to the bit the same on any number of ranks.
 
-    The batches do not depend on the number of ranks; each rank takes its share, and the sum puts zeros beside them.
+    The batches do not depend on the number of ranks; each rank takes its share.
     """
     size = engine.train_micro_batch_size_per_gpu()
     order = sorted(range(len(pairs)), key=lambda index: cost(pairs[index], engine.module))
@@ -247,8 +274,12 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, pairs: list[dict], pad_id: int, 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     results = torch.zeros(3, len(pairs), dtype=torch.float64, device=engine.device)  # loss, chosen, rejected
     engine.eval()
-    for at in tqdm(range(0, len(batches), ranks), desc="evaluating", disable=not is_lead(), delay=2, leave=False):
-        mine = batches[min(at + rank, len(batches) - 1)]  # under ZeRO-3 every rank must take part in every forward
+    for at in tqdm(
+        range(0, len(batches), ranks), desc="evaluating", disable=not is_lead(), delay=2, leave=False
+    ):
+        mine = batches[
+            min(at + rank, len(batches) - 1)
+        ]  # under ZeRO-3 every rank must take part in every forward
         output = engine(**collate([pairs[index] for index in mine], pad_id, max_seq_len, engine.device))
         if at + rank < len(batches):
             index = torch.tensor(mine, device=engine.device)
@@ -272,17 +303,26 @@ def read_ds_config(path: str) -> dict[str, Any]:
     try:
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--deepspeed_config {path}: not a JSON file, pass one such as ds_config.json ({error})") from error
+        raise ValueError(
+            f"--deepspeed_config {path}: not a JSON file, pass one such as ds_config.json ({error})"
+        ) from error
     accelerator = get_accelerator()
     for name, supported in (("fp16", accelerator.is_fp16_supported), ("bf16", accelerator.is_bf16_supported)):
         if ds_config.get(name, {}).get("enabled") and not supported():
-            raise ValueError(f"{path}: {name} is enabled, which this {accelerator.device_name()} does not support: disable it")
+            raise ValueError(
+                f"{path}: {name} is enabled, which this {accelerator.device_name()} does not support: disable it"
+            )
     return ds_config
 
 
 def prepare(args: argparse.Namespace) -> tuple:
     """All that can go wrong through a user's input: the config, the data, the model. Nothing is written."""
     ds_config = read_ds_config(args.deepspeed_config)
+    try:
+        resolved = DeepSpeedConfig(ds_config)
+    except Exception as error:  # assertions and errors of its own
+        raise ValueError(f"{args.deepspeed_config}: DeepSpeed refuses it ({error})") from error
+    micro, accumulation = resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
     with tempfile.TemporaryDirectory() as folder:
         if args.model_name_or_path is None:
             train_rows, eval_rows = demonstration(folder, args.seed)
@@ -292,14 +332,20 @@ def prepare(args: argparse.Namespace) -> tuple:
             eval_rows = [row for path in args.eval_path or [] for row in read_rows(path)]
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if tokenizer.eos_token is None:
-            raise ValueError(f"{folder}: the tokenizer has no EOS token, with which every text ends: set one and save it")
+            raise ValueError(
+                f"{folder}: the tokenizer has no EOS token, with which every text ends: set one and save it"
+            )
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # EOS is content here: PAD must differ
         limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", args.max_seq_len)
         if args.max_seq_len > limit:
-            raise ValueError(f"--max_seq_len is {args.max_seq_len}, but {folder} has {limit} positions: pass {limit} or less")
+            raise ValueError(
+                f"--max_seq_len is {args.max_seq_len}, but {folder} has {limit} positions: pass {limit} or less"
+            )
         if args.num_padding_at_beginning is None:
-            begins = itertools.takewhile(lambda token: token == tokenizer.pad_token_id, tokenizer("a")["input_ids"])
+            begins = itertools.takewhile(
+                lambda token: token == tokenizer.pad_token_id, tokenizer("a")["input_ids"]
+            )
             args.num_padding_at_beginning = len(list(begins))
         train_pairs = tokenize(train_rows, tokenizer, args.max_seq_len, "training data")
         if eval_rows:
@@ -308,12 +354,18 @@ def prepare(args: argparse.Namespace) -> tuple:
             train_pairs, eval_pairs = split_by_prompt(train_pairs, args.eval_fraction, args.seed)
         shared = {pair["prompt"] for pair in train_pairs} & {pair["prompt"] for pair in eval_pairs}
         if shared and is_lead():
-            print(f"warning: {len(shared)} prompts of the held-out data are in the training data too", flush=True)
-        for name, pairs, least in (("training", train_pairs, dist.get_world_size()), ("held-out", eval_pairs, 1)):
+            print(
+                f"warning: {len(shared)} prompts of the held-out data are in the training data too",
+                flush=True,
+            )
+        for name, pairs, least in (
+            ("training", train_pairs, dist.get_world_size()),
+            ("held-out", eval_pairs, 1),
+        ):
             if len(pairs) < least:
                 raise ValueError(
-                    f"{len(pairs)} {name} pairs remain, at least {least} are needed: see what was left out above, pass more "
-                    "data or a larger --max_seq_len"
+                    f"{len(pairs)} {name} pairs remain, at least {least} are needed: see what was left out "
+                    "above, pass more data or a larger --max_seq_len"
                 )
         set_seed(args.seed)
         model = create_critic_model(
@@ -328,14 +380,15 @@ def prepare(args: argparse.Namespace) -> tuple:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
 
-    # DeepSpeed resolves the batch; the schedule's length follows from it and the data.
-    resolved = DeepSpeedConfig(ds_config)
-    micro, accumulation = resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
     lengths = [cost(pair, model) for pair in train_pairs]
-    sampler = DistributedLengthGroupedSampler(micro, num_replicas=dist.get_world_size(), rank=dist.get_rank(), seed=args.seed, lengths=lengths)
+    sampler = DistributedLengthGroupedSampler(
+        micro, num_replicas=dist.get_world_size(), rank=dist.get_rank(), seed=args.seed, lengths=lengths
+    )
     total_steps = args.num_train_epochs * math.ceil(len(sampler) / micro) // accumulation
     if total_steps == 0:
-        raise ValueError(f"{args.deepspeed_config}: an epoch has fewer batches than gradient_accumulation_steps: lower it")
+        raise ValueError(
+            f"{args.deepspeed_config}: an epoch has fewer batches than gradient_accumulation_steps: lower it"
+        )
     schedule = ds_config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
         schedule["total_num_steps"] = total_steps
@@ -348,7 +401,9 @@ def batches(sampler: DistributedLengthGroupedSampler, micro: int, epochs: int):
         sampler.set_epoch(epoch)
         indices = list(sampler)
         grouped = [indices[at : at + micro] for at in range(0, len(indices), micro)]
-        random.Random(sampler.seed + epoch).shuffle(grouped)  # the same on every rank: all take like lengths at once
+        random.Random(sampler.seed + epoch).shuffle(
+            grouped
+        )  # the same on every rank: all take like lengths at once
         yield from grouped
 
 
@@ -358,9 +413,17 @@ def main() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", 1))))  # else ranks fight for cores
+        torch.set_num_threads(
+            max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1")))
+        )  # else ranks fight for cores
     deepspeed.init_distributed()
     try:
         ds_config, tokenizer, model, train_pairs, eval_pairs, sampler, total_steps = prepare(args)
@@ -377,8 +440,13 @@ def main() -> None:
     def log(metrics: dict[str, float]) -> None:
         if metrics_file is not None:
             print(json.dumps({"step": engine.global_steps} | metrics), file=metrics_file, flush=True)
-            engine.monitor.write_events([(f"Train/{name}", value, engine.global_steps) for name, value in metrics.items()])
-            tqdm.write(f"step {engine.global_steps}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            engine.monitor.write_events(
+                [(f"Train/{name}", value, engine.global_steps) for name, value in metrics.items()]
+            )
+            tqdm.write(
+                f"step {engine.global_steps}: "
+                + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            )
 
     log(evaluate(engine, eval_pairs, pad_id, args.max_seq_len))
     losses = []
@@ -398,19 +466,27 @@ def main() -> None:
                 dist.all_reduce(mean_loss)
                 losses = []
                 log({"loss": mean_loss.item() / dist.get_world_size(), "lr": engine.get_lr()[0]})
-            if engine.global_steps == total_steps or args.eval_interval and engine.global_steps % args.eval_interval == 0:
+            if (
+                engine.global_steps == total_steps
+                or args.eval_interval
+                and engine.global_steps % args.eval_interval == 0
+            ):
                 log(evaluate(engine, eval_pairs, pad_id, args.max_seq_len))
     progress.close()
 
     save_critic_model(engine, tokenizer, output_dir)
     if is_lead():
-        print(f"critic saved in {output_dir}: load it with create_critic_model({str(output_dir)!r}, ..., rlhf_training=True)")
+        print(
+            f"critic saved in {output_dir}: load it with create_critic_model({str(output_dir)!r}, ..., rlhf_training=True)"
+        )
     examples = eval_pairs[:3]
     with torch.no_grad():
         engine.eval()
         scores = engine(**collate(examples, pad_id, args.max_seq_len, engine.device))
     for index, pair in enumerate(examples if is_lead() else []):
-        text = {side: tokenizer.decode(pair[side], skip_special_tokens=True) for side in ("chosen", "rejected")}
+        text = {
+            side: tokenizer.decode(pair[side], skip_special_tokens=True) for side in ("chosen", "rejected")
+        }
         for side in text:
             print(f"{scores[f'{side}_mean_scores'][index].item():+8.3f} {side:8s} ...{text[side][-150:]!r}")
     dist.barrier()
