@@ -264,6 +264,17 @@ def test_the_pair_in_one_row_runs_where_it_is_equal_and_only_there(
         assert shapes[0][1] <= critic.round_up(70 + 2 * 23)
 
 
+def test_what_else_keeps_a_pair_in_two_rows():
+    llama = {"rope_theta": 10000.0, "factor": 2.0}
+    for rope, shares in (("linear", True), ("dynamic", False)):
+        config = AutoModel.from_config(make_config("llama", rope_scaling=llama | {"rope_type": rope})).config
+        assert critic.can_share_prefix(config, 64, 96) == shares
+    config = AutoModel.from_config(make_config("gpt2")).config
+    assert critic.can_share_prefix(config, 64, 256) and not critic.can_share_prefix(config, 64, 288)
+    config._attn_implementation = "flash_attention_2"
+    assert not critic.can_share_prefix(config, 64, 96)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_padding_is_only_a_way_to_write_a_row(name, side, tokenizer):
