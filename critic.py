@@ -99,11 +99,8 @@ def can_share_prefix(config: PretrainedConfig, longest: int, columns: int) -> bo
     rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
     if "dynamic" in rope or "longrope" in rope:
         return False  # these rotary embeddings change with the longest position, which padding moves
-    if config.model_type in (
-        "gpt2",
-        "gptj",
-        "gpt_bigcode",
-    ):  # older ones keep a triangular buffer of these columns
+    # Older versions of these keep a triangular buffer of that many columns.
+    if config.model_type in ("gpt2", "gptj", "gpt_bigcode"):
         return columns <= config.max_position_embeddings
     return True
 
@@ -143,9 +140,8 @@ def pair_in_one_row(
     column = torch.arange(W, device=ids.device).expand(len(prefix), W)  # (B, W)
     in_rejected = column >= prefix + chosen_tail
     filler = column >= prefix + chosen_tail + rejected_tail
-    source = (column - in_rejected * chosen_tail).clamp(
-        max=E - 1
-    ) + in_rejected * E  # of [chosen row, rejected row]
+    # Where a column's token lies in `chosen row | rejected row`, (B, 2E).
+    source = (column - in_rejected * chosen_tail).clamp(max=E - 1) + in_rejected * E
 
     def lay_out(rows: Tensor, fill: int) -> Tensor:
         return torch.cat(rows.chunk(2), 1).gather(1, source).masked_fill(filler, fill)  # (2B, E) -> (B, W)
@@ -319,9 +315,8 @@ class RewardModel(nn.Module):
         shares = self.share_prefix and not options and masks_agree and W < 2 * E
         if shares and can_share_prefix(self.config, longest, W):
             positions = t[:E].expand_as(ids)
-            if (
-                mask is not None and self.config.model_type == "opt"
-            ):  # it alone derives positions from the mask
+            # OPT alone derives positions from the mask: padding gets -1.
+            if mask is not None and self.config.model_type == "opt":
                 positions = mask.cumsum(1) * mask - 1
             dtype = self.rwtransformer.dtype
             inputs, moved = pair_in_one_row(ids, mask, positions, divergence, tail, W, dtype)
@@ -479,9 +474,8 @@ def load_backbone(
             path,
             config=config,
             dtype=dtype,
-            key_mapping={
-                r"^rwtra(?:nsformer|nrsformer)\.": ""
-            },  # DeepSpeed-Chat's prefix, and its older spelling
+            # DeepSpeed-Chat's prefix, and its older spelling.
+            key_mapping={r"^rwtra(?:nsformer|nrsformer)\.": ""},
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -635,9 +629,8 @@ def override_dropout(config: PretrainedConfig, dropout: float) -> None:
             and isinstance(value, (int, float))
             and not isinstance(value, bool)
         ):
-            vars(config)[name] = dropout or type(value)(
-                0
-            )  # past validation: transformers types MPT's as an integer
+            # Past transformers' validation, which types MPT's as an integer.
+            vars(config)[name] = dropout or type(value)(0)
 
 
 def gathered(parameter: Tensor, modifier_rank: int | None = None) -> contextlib.AbstractContextManager:
@@ -684,9 +677,8 @@ def save_critic_model(
                 "create_critic_model(..., rlhf_training=True) will load what is written"
             )
         with torch.device("meta"):
-            shell = make(config).to(
-                state["score.weight"].dtype
-            )  # knows names, shards and config; holds no data
+            # It knows names, shards and config, and holds no data.
+            shell = make(config).to(state["score.weight"].dtype)
         final, beside = Path(output_dir), Path(output_dir, ".writing")
         try:
             shutil.rmtree(beside, ignore_errors=True)
@@ -696,9 +688,8 @@ def save_critic_model(
             for file in new:
                 os.replace(file, final / file.name)
             names = {file.name for file in new}
-            for file in final.glob(
-                "*"
-            ):  # weights of an earlier critic that would be read instead, or with these
+            # Weights of an earlier critic would be read instead of these, or with them.
+            for file in final.glob("*"):
                 if file.name not in names and file.name.startswith(("model", "pytorch_model")):
                     file.unlink()
         finally:

@@ -198,9 +198,8 @@ def collate(
     """B pairs as input_ids and attention_mask (2B, T), padded right to a multiple that kernels like."""
     rows = [torch.tensor(pair[side]) for side in ("chosen", "rejected") for pair in pairs]
     longest = max(map(len, rows))
-    rows.append(
-        torch.zeros(min(round_up(longest), max(longest, max_seq_len)), dtype=torch.long)
-    )  # sets the width
+    # One more row, dropped below, sets the width.
+    rows.append(torch.zeros(min(round_up(longest), max(longest, max_seq_len)), dtype=torch.long))
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)[:-1]
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)[:-1]
     return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
@@ -277,9 +276,8 @@ def evaluate(
     for at in tqdm(
         range(0, len(batches), ranks), desc="evaluating", disable=not is_lead(), delay=2, leave=False
     ):
-        mine = batches[
-            min(at + rank, len(batches) - 1)
-        ]  # under ZeRO-3 every rank must take part in every forward
+        # Under ZeRO-3 every rank must take part in every forward: one without a share repeats the last batch.
+        mine = batches[min(at + rank, len(batches) - 1)]
         output = engine(**collate([pairs[index] for index in mine], pad_id, max_seq_len, engine.device))
         if at + rank < len(batches):
             index = torch.tensor(mine, device=engine.device)
@@ -401,9 +399,8 @@ def batches(sampler: DistributedLengthGroupedSampler, micro: int, epochs: int):
         sampler.set_epoch(epoch)
         indices = list(sampler)
         grouped = [indices[at : at + micro] for at in range(0, len(indices), micro)]
-        random.Random(sampler.seed + epoch).shuffle(
-            grouped
-        )  # the same on every rank: all take like lengths at once
+        # The same on every rank: all take like lengths at once.
+        random.Random(sampler.seed + epoch).shuffle(grouped)
         yield from grouped
 
 
@@ -421,9 +418,8 @@ def main() -> None:
             "MASTER_PORT": port,
         }
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1")))
-        )  # else ranks fight for cores
+        # Else the ranks of one machine fight for its cores.
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))
     deepspeed.init_distributed()
     try:
         ds_config, tokenizer, model, train_pairs, eval_pairs, sampler, total_steps = prepare(args)
