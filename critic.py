@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -59,27 +60,35 @@ def round_up(length: int, multiple: int = ROW_MULTIPLE) -> int:
     return -(-length // multiple) * multiple
 
 
-def align_content(
+def align(
     input_ids: Tensor, attention_mask: Tensor | None, pad_id: int, num_padding_at_beginning: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Find each row's content, and the order of columns that puts its beginning at column 0.
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Move each row's content to column 0, so that left, right and no padding are one case.
 
     With a mask, content runs from its first 1 to its last 1. Without, from the first to the last id that is
     not PAD, and `num_padding_at_beginning` ids before: OPT begins every text with BOS, and with pad = eos BOS
     is PAD (DeepSpeedExamples #455). An interior PAD, such as the eos of an earlier turn, ends nothing.
 
     Returns:
-        columns (R, T): a rotation of 0..T-1, nothing is lost; left padding becomes right padding.
+        ids (R, T): PAD behind the content. mask (R, T), boolean, or None as it came.
+        columns (R, T): where each column came from, a rotation of 0..T-1.
         length (R,): content tokens; 0 in a row without content.
     """
     content = attention_mask.bool() if attention_mask is not None else input_ids != pad_id  # (R, T)
     T = content.size(1)
+    t = torch.arange(T, device=input_ids.device)
     start = content.int().argmax(1)
     if attention_mask is None:
         start = (start - num_padding_at_beginning).clamp(min=0)
     length = torch.where(content.any(1), T - content.flip(1).int().argmax(1) - start, 0)
-    columns = (torch.arange(T, device=input_ids.device) + start[:, None]) % T
-    return columns, length
+    columns = (t + start[:, None]) % T
+    ids = input_ids.gather(1, columns).masked_fill(t >= length[:, None], pad_id)
+    return ids, None if attention_mask is None else content.gather(1, columns), columns, length
+
+
+def rotate(rows: Tensor, columns: Tensor) -> Tensor:
+    """(R, T, ...) read in the order of `columns` (R, T)."""
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], columns]
 
 
 def can_share_prefix(config: PretrainedConfig, longest: int, columns: int) -> bool:
@@ -293,7 +302,9 @@ class RewardModel(nn.Module):
             raise ValueError(
                 f"input_ids has {len(input_ids)} rows: pass B chosen rows, then their B rejected ones"
             )
-        ids, mask, columns, length = self._align(input_ids, attention_mask)
+        ids, mask, columns, length = align(
+            input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning
+        )
         T = ids.size(1)
         t = torch.arange(T, device=ids.device)
         shorter, longer = torch.aminmax(torch.stack(length.chunk(2)), dim=0)  # (B,) each
@@ -323,7 +334,7 @@ class RewardModel(nn.Module):
             rewards = self._rewards(use_cache=use_cache, **inputs)  # (B, W)
             rewards = rewards.repeat(2, 1).gather(1, moved)  # (2B, E)
         else:
-            options = {name: self._rotate(value, columns)[:, :E] for name, value in options.items()}
+            options = {name: rotate(value, columns)[:, :E] for name, value in options.items()}
             inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": use_cache}
             rewards = self._rewards(**inputs, **options)  # (2B, E)
         loss, end_scores = ranking_loss(rewards, length, divergence, self.loss_on)
@@ -364,9 +375,11 @@ class RewardModel(nn.Module):
             raise ValueError(
                 f"prompt_length is {prompt_length}: it must be greater than 1 and at most {T}, the row length"
             )
-        ids, mask, columns, length = self._align(input_ids, attention_mask)
+        ids, mask, columns, length = align(
+            input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning
+        )
         self._require_content(*torch.stack([length.min(), length.argmin()]).tolist())
-        options = {name: self._rotate(value, columns) for name, value in options.items()}
+        options = {name: rotate(value, columns) for name, value in options.items()}
         aligned = self._rewards(input_ids=ids, attention_mask=mask, use_cache=use_cache, **options)  # (B, T)
         values = aligned.gather(1, columns.argsort(1))  # back to the columns in which the tokens came
         if return_value_only:
@@ -374,46 +387,35 @@ class RewardModel(nn.Module):
         return {"values": values, "chosen_end_scores": aligned.gather(1, length[:, None] - 1).squeeze(1)}
 
     def _options(
-        self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: Any, *others: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        position_ids: Tensor | None,
+        head_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Check shapes, and keep those of the original's other arguments that the backbone still takes."""
+        """Check shapes, and keep those of the original's other arguments that the backbone takes."""
         if input_ids.dim() != 2 or not input_ids.size(1):
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: pass (rows, tokens)")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: pass the same"
-            )
-        if past_key_values is not None:
-            raise ValueError(
-                "past_key_values is not supported: a row is scored whole; pass all of its tokens in input_ids"
-            )
-        named = zip(("position_ids", "head_mask", "inputs_embeds"), others)
-        options = {name: value for name, value in named if value is not None}
-        for name, value in options.items():
-            if name == "head_mask" or name not in inspect.signature(self.rwtransformer.forward).parameters:
+            shapes = f"{tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
+            raise ValueError(f"attention_mask has shape {shapes}: pass the same shape")
+        for name, value in (("past_key_values", past_key_values), ("head_mask", head_mask)):
+            if value is not None:
                 raise ValueError(
-                    f"{type(self.rwtransformer).__name__} does not take {name} any more: leave it out"
+                    f"{name} is not supported: a row is scored whole, by all heads; leave it out"
                 )
+        options = {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        options = {name: value for name, value in options.items() if value is not None}
+        for name, value in options.items():
+            if name not in inspect.signature(self.rwtransformer.forward).parameters:
+                raise ValueError(f"{type(self.rwtransformer).__name__} takes no {name}: leave it out")
             if value.shape[:2] != input_ids.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}: it must begin with {tuple(input_ids.shape)}"
                 )
         return options
-
-    def _align(
-        self, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Rows with content at column 0 and PAD behind: ids and mask (R, T); `align_content`'s two."""
-        columns, length = align_content(input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning)
-        behind = torch.arange(input_ids.size(1), device=input_ids.device) >= length[:, None]
-        ids = input_ids.gather(1, columns).masked_fill(behind, self.PAD_ID)
-        mask = None if attention_mask is None else attention_mask.gather(1, columns).bool()
-        return ids, mask, columns, length
-
-    @staticmethod
-    def _rotate(rows: Tensor, columns: Tensor) -> Tensor:
-        """(R, T, ...) read in the order of `columns` (R, T)."""
-        return rows[torch.arange(len(rows), device=rows.device)[:, None], columns]
 
     @staticmethod
     def _require_content(length: int, row: int) -> None:
@@ -510,6 +512,39 @@ def zero3_init(ds_config: dict[str, Any]):
         unset_hf_deepspeed_config()
 
 
+def find_head(path: str, config: PretrainedConfig, keys: dict[str, tuple[str, torch.Size]]) -> str:
+    """The value head's name in a reward checkpoint: DeepSpeed-Chat's, transformers', or OpenRLHF's.
+
+    Raises:
+        ValueError: no head, as in a base model (DeepSpeedExamples #376), or one with several outputs.
+    """
+    names = ("v_head.weight", "score.weight", f"{getattr(config, 'value_head_prefix', 'score')}.weight")
+    name = next((name for name in names if name in keys), None)
+    if name is None:
+        raise ValueError(
+            f"{path} has no value head (none of {', '.join(dict.fromkeys(names))}): it looks like a base model; "
+            "pass rlhf_training=False to train a fresh head on it"
+        )
+    file, shape = keys[name]
+    if shape[0] != 1:
+        raise ValueError(
+            f"{name} in {file} has shape {tuple(shape)}: a reward model has one row, not a class each"
+        )
+    return name
+
+
+def read_head(model: RewardModel, file: str, name: str) -> None:
+    """Copy the head out of the one file that holds it; under ZeRO-3 rank 0's copy is what all ranks get."""
+    if file.endswith(".safetensors"):
+        with safe_open(file, "pt") as tensors:
+            weight = tensors.get_tensor(name)
+    else:
+        weight = load_state_dict(file)[name]
+    with gathered(model.v_head.weight, modifier_rank=0), torch.no_grad():
+        if model.v_head.weight.numel():
+            model.v_head.weight.copy_(weight)
+
+
 def create_critic_model(
     model_name_or_path: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -541,10 +576,6 @@ def create_critic_model(
         raise ValueError(
             f"zero_stage is {zero_stage}, the stage in ds_config {stage}: pass the same, or leave zero_stage out"
         )
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            "the tokenizer has no pad_token_id: set tokenizer.pad_token to a token that differs from EOS"
-        )
     config = AutoConfig.from_pretrained(model_name_or_path)
     if (
         config.is_encoder_decoder
@@ -560,25 +591,14 @@ def create_critic_model(
     enabled = (dtype for name, dtype in dtypes.items() if ds_config.get(name, {}).get("enabled"))
     dtype = next(enabled, torch.float32)
 
-    keys, head = checkpoint_keys(model_name_or_path), None
-    if rlhf_training:
-        names = ("v_head.weight", "score.weight", f"{getattr(config, 'value_head_prefix', 'score')}.weight")
-        head = next((name for name in names if name in keys), None)
-        if head is None:
-            raise ValueError(
-                f"{model_name_or_path} has no value head (none of {', '.join(dict.fromkeys(names))}): it looks like a base "
-                "model; pass rlhf_training=False to train a fresh head on it"
-            )
-        if keys[head][1][0] != 1:
-            raise ValueError(
-                f"{head} in {keys[head][0]} has shape {tuple(keys[head][1])}: a reward model has one output, not a class each"
-            )
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, the checkpoint {config.vocab_size}: use the tokenizer saved in "
-                f"{model_name_or_path}"
-            )
-    arguments = (model_name_or_path, config, dtype, None if head is None else {head})
+    keys = checkpoint_keys(model_name_or_path)
+    head = find_head(model_name_or_path, config, keys) if rlhf_training else None
+    if rlhf_training and len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the checkpoint {config.vocab_size}: use the tokenizer "
+            f"saved in {model_name_or_path}"
+        )
+    arguments = (model_name_or_path, config, dtype, {head} if rlhf_training else None)
 
     with contextlib.ExitStack() as stack:
         zero_init = contextlib.nullcontext
@@ -586,12 +606,12 @@ def create_critic_model(
             # Under ZeRO-3 transformers reports no unexpected key, and a mis-shaped one on rank 0 alone: a
             # hang. So rank 0 first loads the plain way, where the file is only mapped, and tells all ranks.
             verdict = [None]
-            if torch.distributed.get_rank() == 0:
+            if dist.get_rank() == 0:
                 try:
                     load_backbone(*arguments)
                 except (ValueError, OSError, RuntimeError) as error:
                     verdict = [str(error)]
-            torch.distributed.broadcast_object_list(verdict)
+            dist.broadcast_object_list(verdict)
             if verdict[0] is not None:
                 raise ValueError(verdict[0])
             zero_init = stack.enter_context(zero3_init(ds_config))
@@ -604,16 +624,8 @@ def create_critic_model(
         with zero_init():
             model = RewardModel(backbone, tokenizer, num_padding_at_beginning, compute_fp32_loss)
     model.config.pad_token_id = tokenizer.pad_token_id
-    if head is not None:
-        file = keys[head][0]
-        if file.endswith(".safetensors"):
-            with safe_open(file, "pt") as tensors:
-                weight = tensors.get_tensor(head)
-        else:
-            weight = load_state_dict(file)[head]
-        with gathered(model.v_head.weight, modifier_rank=0), torch.no_grad():
-            if model.v_head.weight.numel():  # under ZeRO-3 rank 0's copy is what all get
-                model.v_head.weight.copy_(weight)
+    if rlhf_training:
+        read_head(model, keys[head][0], head)
     return model
 
 
@@ -657,7 +669,7 @@ def save_critic_model(
         OSError: `output_dir` cannot be written.
     """
     model = getattr(model, "module", model)
-    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    writes = not dist.is_initialized() or dist.get_rank() == 0
     prefix = model.rwtransformer.base_model_prefix
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -692,7 +704,9 @@ def save_critic_model(
             for file in final.glob("*"):
                 if file.name not in names and file.name.startswith(("model", "pytorch_model")):
                     file.unlink()
+        except Exception as error:  # safetensors has an error of its own for a full disk
+            raise OSError(f"{final} cannot be written, free or change the place ({error})") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    if dist.is_initialized():
+        dist.barrier()

@@ -8,12 +8,15 @@ import argparse
 import copy
 import ctypes
 import gzip
+import itertools
 import json
 import math
 import os
 import pickle
 import random
 import re
+import resource
+import signal
 import socket
 import statistics
 import subprocess
@@ -336,7 +339,7 @@ def test_opt_begins_every_text_with_bos_which_may_be_pad(n, masked, tokenizer):
     ids = torch.tensor([[PAD, 5, 6, 7, PAD, PAD], [PAD, 5, 8, PAD, PAD, PAD]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
     assert_same_as_reference(model, ids, mask if masked else None, n)
-    length = critic.align_content(ids, mask if masked else None, PAD, n)[1]
+    length = critic.align(ids, mask if masked else None, PAD, n)[3]
     assert length.tolist() == ([4, 3] if masked or n else [3, 2])
 
 
@@ -601,8 +604,13 @@ def test_reward_checkpoints_of_others(form, name, tokenizer, tmp_path):
 
 
 class Payload:
+    """Pickled, it makes a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
     def __reduce__(self):
-        return (os.mkdir, (str(Path(os.environ["PAYLOAD"])),))
+        return os.mkdir, (self.folder,)
 
 
 def damage(folder, change):
@@ -624,15 +632,14 @@ BAD_CHECKPOINTS = {
     "two labels": (lambda f, b: damage(f, lambda s: s.update({"v_head.weight": torch.ones(2, 32)})), r"shape \(2, 32\)"),
     "a base model": (lambda f, b: b, "rlhf_training=False"),
     "no weights": (lambda f, b: (Path(f, "pytorch_model.bin").unlink(), f)[1], "model.safetensors"),
-    "a pickle with code": (lambda f, b: replace(Path(f, "pytorch_model.bin"), pickle.dumps(Payload())), "pytorch_model.bin cannot be read"),
+    "a pickle with code": (lambda f, b: replace(Path(f, "pytorch_model.bin"), pickle.dumps(Payload(Path(f).parent / "ran"))), "pytorch_model.bin cannot be read"),
     "a truncated .bin": (lambda f, b: replace(Path(f, "pytorch_model.bin"), Path(f, "pytorch_model.bin").read_bytes()[:5000]), "pytorch_model.bin cannot be read"),
     "a truncated .safetensors": (lambda f, b: replace(Path(b, "model.safetensors"), Path(b, "model.safetensors").read_bytes()[:5000]), "model.safetensors cannot be read"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
-def test_bad_checkpoints_are_refused(case, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("PAYLOAD", str(tmp_path / "ran"))
+def test_bad_checkpoints_are_refused(case, tokenizer, tmp_path):
     folder = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
     base = write_base(tmp_path / "base", "llama", tokenizer)
     spoil, message = BAD_CHECKPOINTS[case]
@@ -723,37 +730,36 @@ def test_import_needs_no_deepspeed():
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
-# ---- the loop, on real processes ----
+# ---- the loop, on real processes; `pytest -k "not loop"` needs no deepspeed ----
+
+
+def command_line(script, *arguments, ranks=2, port=29500):
+    launcher = Path(sys.executable).with_name("deepspeed")
+    words = [sys.executable, launcher, "--num_accelerators", ranks, "--master_port", port, script, *arguments]
+    return [str(word) for word in words]
+
+
+def surroundings(**environment):
+    return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
 
 
 def launch(script, *arguments, ranks=2, check=True, **environment):
     """`deepspeed` as a user types it, with its output; two ranks share the machine's cores."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [
-        sys.executable,
-        launcher,
-        "--num_accelerators",
-        ranks,
-        "--master_port",
-        free_port(),
-        script,
-        *arguments,
-    ]
-    environment = (
-        os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    )
+    port = free_port()
     run = subprocess.run(
-        [str(word) for word in command],
-        check=False,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=600,
-    )
+        command_line(script, *arguments, ranks=ranks, port=port), check=False, text=True, timeout=600,
+        env=surroundings(**environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    forget(port)
     if check:
         assert run.returncode == 0, run.stdout[-6000:]
     return run
+
+
+def forget(port):
+    """DeepSpeed's CPU op leaves 66 MB of shared memory a rank behind."""
+    for file in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
+        file.unlink()
 
 
 def free_port():
@@ -773,90 +779,131 @@ def write_ds_config(path, stage=0, **overrides):
     return str(path)
 
 
-def write_pairs(path, count=48, seed=0, chosen="w1", rejected="w2"):
-    """Text pairs: an answer that ends with `chosen` is preferred to one that ends with `rejected`."""
-    rows, rng = [], random.Random(seed)
-    for index in range(count):
-        words = lambda least, most: " ".join(
-            f"w{rng.randint(3, 80)}" for _ in range(rng.randint(least, most))
-        )
-        rows.append(
-            {
-                "prompt": words(1, 12) + f" w{index}",
-                "chosen": f" {words(1, 6)} {chosen}",
-                "rejected": f" {words(1, 6)} {rejected}",
-            }
-        )
+def write_rows(path, rows):
     with (gzip.open if str(path).endswith(".gz") else open)(path, "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return str(path)
 
 
+def make_pairs(count=48, seed=0, chosen="w1", rejected="w2", highest=79):
+    """Text pairs: an answer that ends with `chosen` is preferred to one that ends with `rejected`."""
+    rows, rng = [], random.Random(seed)
+    for index in range(count):
+        words = lambda least, most: " ".join(
+            f"w{rng.randint(3, highest)}" for _ in range(rng.randint(least, most))
+        )
+        prompt = f"{words(1, 12)} w{index % highest}"
+        rows.append(
+            {"prompt": prompt, "chosen": f" {words(1, 6)} {chosen}", "rejected": f" {words(1, 6)} {rejected}"}
+        )
+    return rows
+
+
+def read_metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="session")
-def trained(tokenizer, tmp_path_factory):
-    """Train on one rank, and on two at every ZeRO stage; {(ranks, stage): (output_dir, metrics, output)}."""
-    folder = tmp_path_factory.mktemp("trained")
+def training(tokenizer, tmp_path_factory):
+    """A base model, its data, and the arguments of a run: 48 pairs, 4 epochs of 3 steps on two ranks."""
+    folder = tmp_path_factory.mktemp("training")
     base = write_base(folder / "base", "llama", tokenizer)
-    data, held_out = write_pairs(folder / "train.jsonl.gz"), write_pairs(folder / "eval.jsonl", 21, seed=1)
+    data = write_rows(folder / "train.jsonl.gz", make_pairs())
+    held_out = write_rows(folder / "eval.jsonl", make_pairs(21, seed=1))
+
+    def arguments(output, stage=0, accumulation=2, **overrides):
+        config = folder / f"{stage}-{accumulation}-{len(overrides)}.json"
+        monitor = {"csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "run"}}
+        write_ds_config(
+            config, stage, gradient_accumulation_steps=accumulation, **({} if stage else monitor) | overrides
+        )
+        return [
+            "--model_name_or_path", base, "--data_path", data, "--eval_path", held_out, "--max_seq_len", "64",
+            "--output_dir", output, "--deepspeed_config", config, "--num_train_epochs", "4", "--dropout", "0.1",
+            "--compute_fp32_loss", "--save_interval", "2", "--eval_interval", "5",
+        ]  # fmt: skip
+
+    arguments.folder = folder
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def trained(training):
+    """Runs on one rank, and on two at every ZeRO stage; {(ranks, stage): (output_dir, metrics, output)}."""
     runs = {}
     for ranks, stage in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3)):
-        config, output = write_ds_config(folder / f"{ranks}-{stage}.json", stage), folder / f"{ranks}-{stage}"
-        run = launch(
-            HERE / "train_reward.py", "--model_name_or_path", base, "--data_path", data, "--eval_path", held_out, "--max_seq_len", "64",
-            "--output_dir", output, "--deepspeed_config", config, "--num_train_epochs", "2", "--compute_fp32_loss", ranks=ranks,
-        )  # fmt: skip
-        metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        runs[ranks, stage] = (output, metrics, run.stdout)
-    return held_out, runs
+        output = training.folder / f"{ranks}-{stage}"
+        run = launch(HERE / "train_reward.py", *training(output, stage, 4 // ranks), ranks=ranks)
+        runs[ranks, stage] = (output, read_metrics(output), run.stdout)
+    return training.folder / "eval.jsonl", runs
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_train_and_save_at_every_stage(stage, trained):
+def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
     held_out, runs = trained
     output, metrics, _ = runs[2, stage]
     evaluations = [line for line in metrics if "eval_loss" in line]
-    assert [line["step"] for line in evaluations] == [0, 12]  # 2 epochs of 48 pairs, 2 ranks of 4
-    assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
+    steps = [line for line in metrics if "loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 5, 10, 12]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert set(steps[0]) >= {
+        "step", "epoch", "loss", "accuracy", "margin", "learning_rate", "grad_norm", "pairs_per_second", "tokens_per_second",
+    }  # fmt: skip
+    assert steps[-1]["epoch"] == 4 and all(line["grad_norm"] > 0 for line in steps)
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     tokenizer = AutoTokenizer.from_pretrained(output)
     model = create_critic_model(str(output), tokenizer, None, rlhf_training=True).eval()
     theirs = AutoModelForSequenceClassification.from_pretrained(output).eval()
     margins, losses = [], []
     for line in Path(held_out).read_text().splitlines():
         row = json.loads(line)
-        ids, mask = pad_rows(
-            [tokenizer(row["prompt"] + row[side])["input_ids"] + [1] for side in ("chosen", "rejected")]
-        )
+        texts = [tokenizer(row["prompt"] + row[side])["input_ids"] + [1] for side in ("chosen", "rejected")]
+        ids, mask = pad_rows(texts)
         with torch.no_grad():
             scores = model(ids, mask)
             logits = theirs(input_ids=ids, attention_mask=mask).logits[:, 0]
-        torch.testing.assert_close(
-            logits,
-            torch.cat([scores["chosen_mean_scores"], scores["rejected_mean_scores"]]),
-            atol=1e-5,
-            rtol=0,
-        )
-        margins.append((scores["chosen_mean_scores"] - scores["rejected_mean_scores"]).item())
+        ours = torch.cat([scores["chosen_mean_scores"], scores["rejected_mean_scores"]])
+        torch.testing.assert_close(logits, ours, atol=1e-5, rtol=0)
+        margins.append((ours[0] - ours[1]).item())
         losses.append(scores["loss"].item())
-    assert sum(margins) / len(margins) == pytest.approx(evaluations[1]["eval_margin"], abs=1e-5)
-    assert sum(margin > 0 for margin in margins) / len(margins) == pytest.approx(
-        evaluations[1]["eval_accuracy"]
-    )
-    assert sum(losses) / len(losses) == pytest.approx(evaluations[1]["eval_loss"], abs=1e-5)
+    last = evaluations[-1]
+    assert statistics.mean(margins) == pytest.approx(last["eval_margin"], abs=1e-5)
+    assert statistics.mean(margin > 0 for margin in margins) == pytest.approx(last["eval_accuracy"])
+    assert statistics.mean(losses) == pytest.approx(last["eval_loss"], abs=1e-5)
 
 
-def test_two_ranks_evaluate_exactly_as_one(trained):
+def test_loop_two_ranks_evaluate_exactly_as_one(trained):
     first = {key: runs[1][0] for key, runs in trained[1].items()}
     assert first[2, 0] == first[2, 1] == first[2, 2] == first[1, 0]
 
 
-def test_stages_take_the_same_steps(trained):
-    losses = {
-        key: [line["loss"] for line in runs[1] if "loss" in line]
-        for key, runs in trained[1].items()
-        if key[0] == 2
-    }
+def test_loop_stages_take_the_same_steps(trained):
+    losses = {key: [line["loss"] for line in runs[1] if "loss" in line] for key, runs in trained[1].items()}
     for stage in (1, 2):
         assert losses[2, stage] == pytest.approx(losses[2, 0], abs=1e-4)
+
+
+def test_loop_metrics_go_through_deepspeeds_monitor(trained, training):
+    written = {file.stem for file in (training.folder / "csv").rglob("*.csv")}
+    assert {"Train_loss", "Train_eval_accuracy", "Train_grad_norm"} <= written
+
+
+def test_loop_ranks_see_disjoint_pairs_of_like_length():
+    import train_reward
+
+    lengths = [random.Random(index).randint(10, 500) for index in range(203)]
+    samplers = [
+        train_reward.DistributedLengthGroupedSampler(
+            8, num_replicas=2, rank=rank, seed=3, drop_last=True, lengths=lengths
+        )
+        for rank in (0, 1)
+    ]
+    epochs = [list(train_reward.batches(sampler, 4, 2)) for sampler in samplers]
+    first = [[index for _, batch in batches[:26] for index in batch] for batches in epochs]
+    assert not set(first[0]) & set(first[1]) and len(first[0]) == len(set(first[0])) == 101
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for _, batch in epochs[0]]
+    assert statistics.mean(spread) < 100  # random batches of 4: 294
+    assert epochs[0] == list(train_reward.batches(samplers[0], 4, 2)) and epochs[0][:26] != epochs[0][26:]
 
 
 ZERO3 = """
@@ -894,7 +941,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_zero3_loads_partitioned_and_refuses_on_every_rank(name, tokenizer, tmp_path):
+def test_loop_zero3_loads_partitioned_and_refuses_on_every_rank(name, tokenizer, tmp_path):
     model = make_model(name, tokenizer).eval()
     if name == "mixtral":  # whose experts lie in one tensor each in transformers 5, and apart in a checkpoint
         save_critic_model(model, tokenizer, tmp_path / "reward")
@@ -926,13 +973,18 @@ def test_zero3_loads_partitioned_and_refuses_on_every_rank(name, tokenizer, tmp_
     torch.testing.assert_close(torch.tensor(scores[grown + "3"]), values, atol=1e-5, rtol=0)
 
 
-def test_the_demonstration_learns(tmp_path):
+@pytest.fixture(scope="session")
+def demonstration(tmp_path_factory):
     """`deepspeed train_reward.py` with no data and no network: the README's first command."""
-    launch(HERE / "train_reward.py", "--output_dir", tmp_path / "out", ranks=1, OMP_NUM_THREADS="2")
-    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert metrics[-1]["eval_accuracy"] >= 0.9
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    model = create_critic_model(str(tmp_path / "out"), tokenizer, None, rlhf_training=True).eval()
+    output = tmp_path_factory.mktemp("demonstration") / "out"
+    launch(HERE / "train_reward.py", "--output_dir", output, ranks=1, OMP_NUM_THREADS="2")
+    return output
+
+
+def test_loop_the_demonstration_learns(demonstration):
+    assert read_metrics(demonstration)[-1]["eval_accuracy"] >= 0.9
+    tokenizer = AutoTokenizer.from_pretrained(demonstration)
+    model = create_critic_model(str(demonstration), tokenizer, None, rlhf_training=True).eval()
     text = "The value of the expression is used as the argument of the function call"
     noise = "The value of hte epxresison is sued as hte raugment fo the ufncitno clal"
     ids, mask = pad_rows([tokenizer(line + "<eos>")["input_ids"] for line in (text, noise)])
@@ -940,7 +992,512 @@ def test_the_demonstration_learns(tmp_path):
     assert chosen > rejected
 
 
-def test_the_readmes_python_runs_as_printed(trained, tokenizer, tmp_path):
+# ---- kills and faults ----
+
+
+def ranks_of(output):
+    """{local rank: process id} of a running train_reward.py."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        ours = [word for word in words if word.startswith("--local_rank=")]
+        if str(output) in words and ours and any(word.endswith("train_reward.py") for word in words):
+            found[int(ours[0].split("=")[1])] = int(folder.name)
+    return found
+
+
+def run_and_kill(arguments, output, moment, victims, log):
+    """Start two ranks, SIGKILL the victims as soon as `moment(output)`; the launcher must take the rest down."""
+    port = free_port()
+    with open(log, "w") as file:
+        run = subprocess.Popen(
+            command_line(HERE / "train_reward.py", *arguments, port=port), env=surroundings(), stdout=file, stderr=file
+        )  # fmt: skip
+        while run.poll() is None and not moment(output):
+            pass
+        for rank, process in ranks_of(output).items():
+            if rank in victims:
+                os.kill(process, signal.SIGKILL)
+        code = run.wait(timeout=60)
+    forget(port)
+    assert not ranks_of(output)
+    return code
+
+
+MOMENTS = {
+    0: ("the first checkpoint is whole", lambda out: (out / "checkpoints" / "step-000000002").exists(), (0, 1)),
+    1: ("five steps are logged", lambda out: (out / "metrics.jsonl").exists() and len(read_whole_lines(out)) > 5, (1,)),
+    2: ("a checkpoint is being written", lambda out: (out / "checkpoints" / "unfinished").exists(), (0, 1)),
+    3: ("the second is being written", lambda out: (out / "checkpoints" / "step-000000002").exists() and (out / "checkpoints" / "unfinished").exists(), (0,)),
+}  # fmt: skip
+
+
+def read_whole_lines(output):
+    return (output / "metrics.jsonl").read_text().split("\n")[:-1]
+
+
+@pytest.mark.parametrize("stage", MOMENTS)
+def test_loop_a_killed_run_resumes_to_the_same_bits(stage, training, trained, tmp_path):
+    """float32, dropout, accumulation; the run that was never killed is `trained`'s."""
+    name, moment, victims = MOMENTS[stage]
+    whole, expected, _ = trained[1][2, stage]
+    for attempt in range(5):
+        output = tmp_path / f"killed-{attempt}"
+        arguments = training(output, stage)
+        assert run_and_kill(arguments, output, moment, victims, tmp_path / "log") != 0
+        caught = (output / "checkpoints" / "unfinished").exists()
+        if caught or "written" not in name:
+            break
+    assert caught or "written" not in name  # a kill while a checkpoint was being written
+    assert not (output / "model.safetensors").exists()
+    run = launch(HERE / "train_reward.py", *arguments, "--resume")
+    assert "step 12: eval_loss" in run.stdout
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (output / file).read_bytes() == (whole / file).read_bytes(), file
+    untimed = lambda lines: [{k: v for k, v in line.items() if "per_second" not in k} for line in lines]
+    assert untimed(read_metrics(output)) == untimed(expected)
+    checkpoints = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert [name for name in checkpoints if name.startswith("step")] == ["step-000000010", "step-000000012"]
+    assert "unfinished" not in checkpoints
+
+
+def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
+    output = trained[1][2, 0][0]
+    before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
+    other = write_rows(tmp_path / "other.jsonl", make_pairs(seed=5))
+    changes = {
+        "train_pairs": ["--data_path", other], "--seed": ["--seed", "1"], "--loss_on": ["--loss_on", "end"],
+        "optimizer in the DeepSpeed config": ["--deepspeed_config", write_ds_config(
+            tmp_path / "lr.json", gradient_accumulation_steps=2, optimizer={"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}})],
+    }  # fmt: skip
+    script = tmp_path / "drive.py"
+    script.write_text(DRIVE)
+    results = drive(
+        script, {name: [*training(output), "--resume", *change] for name, change in changes.items()}, tmp_path
+    )
+    for name, (code, message) in results.items():
+        assert (
+            code == 1
+            and f"{name}" in message
+            and "the number of ranks" in message
+            and "put it back" in message
+        )
+    assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "float32"), (0, "bf16"), (2, "float32"), (3, "float32")]
+)
+def test_loop_a_step_that_is_not_finite_is_skipped(stage, precision, training, tokenizer, tmp_path):
+    """The embedding of w79 is NaN: one pair with it costs one step an epoch; nothing but such pairs, the run."""
+    model = make_backbone("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("w79")["input_ids"][0]] = math.nan
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    good, held_out = (
+        make_pairs(31, highest=78),
+        write_rows(tmp_path / "eval.jsonl", make_pairs(8, 2, highest=78)),
+    )
+    bad = {"prompt": "w5 w79", "chosen": " w3 w1", "rejected": " w4 w2"}
+    config = write_ds_config(tmp_path / "ds.json", stage, bf16={"enabled": precision == "bf16"})
+    run = lambda output, *more: launch(
+        HERE / "train_reward.py", "--model_name_or_path", tmp_path / "base", "--eval_path", held_out, "--max_seq_len", "64",
+        "--data_path", tmp_path / f"{output}.jsonl", "--output_dir", tmp_path / output, "--num_train_epochs", "2",
+        "--deepspeed_config", config, "--save_interval", "2", *more, ranks=1, check=False,
+    )  # fmt: skip
+    write_rows(tmp_path / "one.jsonl", [*good, bad])
+    write_rows(tmp_path / "every.jsonl", [{**row, "prompt": row["prompt"] + " w79"} for row in good])
+    one = run("one")
+    assert one.returncode == 0, one.stdout[-3000:]
+    metrics = read_metrics(tmp_path / "one")
+    steps = [line for line in metrics if "epoch" in line]
+    assert [line["loss"] for line in steps].count(None) == 2 == steps[-1]["skipped_steps"]
+    assert metrics[-1]["eval_loss"] < metrics[0]["eval_loss"]
+    every = run("every")
+    assert every.returncode not in (0, None) and not (tmp_path / "every" / "model.safetensors").exists()
+    said = next(line for line in every.stdout.splitlines() if "train_reward.py: error" in line)
+    assert "step 5: loss nan" in said and str(tmp_path / "every/checkpoints/step-000000004") in said
+    if precision == "bf16":  # the checkpoint is whole, and the count goes on
+        again = run("every", "--resume")
+        assert "step 5: loss nan" in again.stdout
+
+
+# ---- bad input ----
+
+# Calls train_reward.main() once for each case of a JSON file, in one process: {case: [exit code, what it said]}.
+DRIVE = """
+import contextlib, io, json, os, sys, traceback
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+import train_reward
+results = {}
+for name, arguments in json.load(open(sys.argv[1])).items():
+    said, sys.argv = io.StringIO(), ["train_reward.py", *arguments]
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            train_reward.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+            print("" if isinstance(stop.code, int) else stop.code, file=said)
+        except BaseException:
+            code = -1
+            traceback.print_exc()
+    results[name] = code, said.getvalue()
+json.dump(results, open(os.environ["RESULTS"], "w"))
+"""
+
+
+def drive(script, cases, folder):
+    (folder / "cases.json").write_text(json.dumps({k: [str(word) for word in v] for k, v in cases.items()}))
+    subprocess.run(
+        [sys.executable, script, folder / "cases.json"], check=True,
+        env=surroundings(RESULTS=str(folder / "results.json")),
+    )  # fmt: skip
+    return json.loads((folder / "results.json").read_text())
+
+
+GOOD = {"prompt": "w3", "chosen": " w4 w1", "rejected": " w5 w2"}
+TALK = [{"role": "user", "content": "w3"}]
+# data: (bytes of the file, file name, what the message must hold)
+BAD_DATA = {
+    "an empty file": (b"", "pairs.jsonl", "no rows"),
+    "not gzip though named so": (b"{}\n", "pairs.jsonl.gz", "pairs.jsonl.gz: cannot be read"),
+    "broken UTF-8": (b'{"chosen": "\xff"}\n', "pairs.jsonl", "pairs.jsonl:1: not a JSON object in UTF-8"),
+    "broken JSON in line 7": (json.dumps(GOOD).encode() + b"\n" * 6 + b"{,}\n", "pairs.jsonl", "pairs.jsonl:7: not a JSON"),
+    "a JSON list": (b"[1, 2]\n", "pairs.jsonl", "pairs.jsonl:1: a list"),
+    "a missing key": ({"prompt": "w3", "chosen": "w4"}, "pairs.jsonl", "rejected: NoneType"),
+    "null": (GOOD | {"chosen": None}, "pairs.jsonl", "pairs.jsonl:1: chosen, rejected .*chosen: NoneType"),
+    "a number for text": (GOOD | {"rejected": 3}, "pairs.jsonl", "rejected: int"),
+    "an empty text": (GOOD | {"chosen": " "}, "pairs.jsonl", "pairs.jsonl:1: chosen or rejected is empty"),
+    "equal in every row": (GOOD | {"rejected": GOOD["chosen"]}, "pairs.jsonl", "0 training pairs remain"),
+    "every pair too long": (GOOD | {"prompt": "w3 " * 300}, "pairs.jsonl", "0 training pairs remain.*larger --max_seq_len"),
+    "one pair only": (GOOD, "pairs.jsonl", "0 training pairs remain, at least 1"),
+    "texts and messages": (GOOD | {"chosen": TALK}, "pairs.jsonl", "all be texts or all be messages"),
+    "messages without a template": ({"chosen": TALK, "rejected": TALK}, "pairs.jsonl", "no chat template"),
+}  # fmt: skip
+BAD_TALK = {
+    "a message without role": ([{"content": "w3"}], 'must be {"role": text'),
+    "an unknown role": ([{"role": "robot", "content": "w3"}], "unknown role 'robot'"),
+    "a message that is none": (["w3"], 'must be {"role": text'),
+    "no message": ([], "no message"),
+    "content that is no text": ([{"role": "user", "content": 3}], 'must be {"role": text'),
+}
+BAD_ARGUMENTS = {
+    "no such file": (["--data_path", "missing.jsonl"], "missing.jsonl: cannot be read"),
+    "a directory": (["--data_path", "."], r"\.: cannot be read"),
+    "a hub dataset without the library": (["--data_path", "some/pairs"], "pip install datasets"),
+    "no such held-out file": (["--eval_path", "missing.jsonl"], "missing.jsonl: cannot be read"),
+    "max_seq_len 0": (["--max_seq_len", "0"], "--max_seq_len is 0: it must be at least 2"),
+    "beyond the positions": (["--max_seq_len", "300"], "--max_seq_len is 300, but .* has 256 positions"),
+    "a fraction of 1": (["--eval_fraction", "1"], "--eval_fraction is 1.0"),
+    "negative epochs": (["--num_train_epochs", "-1"], "--num_train_epochs is -1"),
+    "a negative interval": (["--save_interval", "-1"], "--save_interval is -1"),
+    "dropout 1.5": (["--dropout", "1.5"], "dropout is 1.5"),
+    "an unknown loss": (["--loss_on", "mean"], "--loss_on: invalid choice: 'mean'"),
+    "an unknown flag": (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
+    "an unknown model": (["--model_name_or_path", "no/such-model"], "no/such-model"),
+    "evaluating a base model": (["--num_train_epochs", "0"], "no value head"),
+    "a run in output_dir": (["--output_dir", "used"], "already holds metrics.jsonl: pass --resume"),
+    "a model in output_dir": (["--output_dir", "base", "--resume"], "no checkpoint to go on from"),
+    "output_dir below a file": (["--output_dir", "base/config.json/out"], "base/config.json/out"),
+    "no config": (["--deepspeed_config", "missing.json"], "missing.json"),
+}  # fmt: skip
+BAD_CONFIGS = {
+    "not JSON": ("{,}", "pass a JSON file"),
+    "no batch size": ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu needs to be"),
+    "no optimizer": ({"optimizer": None}, "no optimizer"),
+    "an unknown optimizer": ({"optimizer": {"type": "Adamm", "params": {}}}, "Adamm is not a supported"),
+    "an unknown schedule": ({"scheduler": {"type": "Cosine", "params": {}}}, "LR scheduler Cosine"),
+    "an unknown stage": ({"zero_optimization": {"stage": 7}}, "Input should be 0, 1, 2"),
+    "two precisions": ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "cannot be simultaneously"),
+    "more accumulation than data": ({"gradient_accumulation_steps": 99}, "gradient_accumulation_steps: lower it"),
+}  # fmt: skip
+BAD_MODELS = {
+    "config without weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights: none of"),
+    "a truncated safetensors": (lambda f: cut(f / "model.safetensors"), "model.safetensors cannot be read"),
+    "a truncated .bin": (lambda f: cut(as_bin(f)), "pytorch_model.bin cannot be read"),
+    "a pickle with code": (lambda f: as_bin(f).write_bytes(pickle.dumps(Payload(f.parent / "ran"))), "pytorch_model.bin cannot be read"),
+    "not a decoder": (lambda f: make_bert(f), "a critic needs a decoder"),
+    "an unknown model type": (lambda f: edit(f / "config.json", model_type="nonesuch"), "nonesuch"),
+    "a config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "a tokenizer without EOS": (lambda f: edit(f / "tokenizer_config.json", eos_token=None), "no EOS token"),
+    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "tokenizer"),
+}  # fmt: skip
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def as_bin(folder):
+    state = transformers.modeling_utils.load_state_dict(str(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    torch.save({key: value.clone() for key, value in state.items()}, folder / "pytorch_model.bin")
+    return folder / "pytorch_model.bin"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def make_bert(folder):
+    AutoModel.from_config(AutoConfig.for_model("bert", **SIZES)).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def refusals(tokenizer, tmp_path_factory):
+    """Every bad input given to train_reward.py, in one process; {case: (code, message, expected)}."""
+    folder = tmp_path_factory.mktemp("refusals")
+    write_base(folder / "base", "llama", tokenizer)
+    write_rows(folder / "good.jsonl", make_pairs(24))
+    (folder / "used").mkdir()
+    (folder / "used" / "metrics.jsonl").write_text("{}\n")
+    config = write_ds_config(folder / "good.json")
+    usual = lambda **changed: [
+        word
+        for name, value in ({"model_name_or_path": "base", "data_path": "good.jsonl", "output_dir": "out", "max_seq_len": 64,
+                             "deepspeed_config": config} | changed).items()
+        for word in (f"--{name}", value)
+    ]  # fmt: skip
+    cases, expected = {}, {}
+    for name, (content, file, message) in BAD_DATA.items():
+        place = folder / name.replace(" ", "_")
+        place.mkdir()
+        (place / file).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        cases[name], expected[name] = usual(data_path=place / file), message
+    talker = copy.deepcopy(tokenizer)
+    talker.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    write_base(folder / "talker", "llama", talker)
+    for name, (messages, message) in BAD_TALK.items():
+        path = folder / f"{name.replace(' ', '_')}.jsonl"
+        write_rows(path, [{"chosen": messages, "rejected": TALK}])
+        cases[name], expected[name] = (
+            usual(data_path=path, model_name_or_path="talker"),
+            rf"\.jsonl:1: .*{message}",
+        )
+    for name, (arguments, message) in BAD_ARGUMENTS.items():
+        cases[name], expected[name] = [*usual(), *arguments], message
+    for name, (change, message) in BAD_CONFIGS.items():
+        path = folder / f"{name.replace(' ', '_')}.json"
+        good = json.loads(Path(config).read_text())
+        kept = {} if isinstance(change, str) else {k: v for k, v in (good | change).items() if v is not None}
+        path.write_text(change if isinstance(change, str) else json.dumps(kept))
+        cases[name], expected[name] = usual(deepspeed_config=path), message
+    for name, (spoil, message) in BAD_MODELS.items():
+        path = folder / name.replace(" ", "_")
+        write_base(path, "llama", tokenizer)
+        spoil(path)
+        cases[name], expected[name] = usual(model_name_or_path=path), message
+    cases["no model"], expected["no model"] = ["--data_path", "good.jsonl"], "--model_name_or_path is None"
+    cases["no data"], expected["no data"] = ["--model_name_or_path", "base"], "--data_path is None"
+    (folder / "drive.py").write_text(DRIVE)
+    os.chdir(folder)
+    results = drive(folder / "drive.py", cases, folder)
+    os.chdir(HERE)
+    left = (
+        sorted(path.name for path in folder.glob("out*")) + list(folder.glob("ran")),
+        (folder / "used" / "metrics.jsonl").read_text(),
+    )
+    return {name: (*results[name], expected[name]) for name in cases}, left
+
+
+CASES = [*BAD_DATA, *BAD_TALK, *BAD_ARGUMENTS, *BAD_CONFIGS, *BAD_MODELS, "no model", "no data"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loop_bad_input_is_told_plainly_and_touches_nothing(case, refusals):
+    code, said, message = refusals[0][case]
+    assert code in (1, 2), said
+    assert "Traceback" not in said and "train_reward.py: error: " in said
+    assert re.search(message, said, re.DOTALL), said
+    assert refusals[1] == ([], "{}\n")
+
+
+def test_loop_fewer_pairs_than_ranks(training, tmp_path):
+    data = write_rows(tmp_path / "one.jsonl", [GOOD])
+    run = launch(HERE / "train_reward.py", *training(tmp_path / "out"), "--data_path", data, check=False)
+    assert run.returncode != 0 and "1 training pairs remain, at least 2" in run.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_loop_odd_text_trains_and_an_untrained_rest_is_counted(demonstration, tmp_path):
+    """On the demonstration's byte-level tokenizer; then the same files only evaluate."""
+    odd = [
+        "\ud800 lone",
+        "NUL \0 here",
+        "\u05e9\u05dc\u05d5\u05dd \u202ertl",
+        "a" * 100_000,
+        "\U0001f600 \U0001f468\u200d\U0001f469",
+    ]
+    rows = [
+        {"prompt": f"p{i} {text[:40]}", "chosen": f" {text}", "rejected": " no"} for i, text in enumerate(odd)
+    ]
+    data, held_out = write_rows(tmp_path / "odd.jsonl", rows), write_rows(tmp_path / "eval.jsonl", rows[:2])
+    arguments = ["--model_name_or_path", demonstration, "--eval_path", held_out, "--max_seq_len", "256"]
+    run = launch(
+        HERE / "train_reward.py", *arguments, "--data_path", data, held_out, "--output_dir", tmp_path / "out", ranks=1
+    )  # fmt: skip
+    assert "6 pairs remain of 7; left out, 1 longer than 256 tokens" in run.stdout
+    assert "warning: 2 prompts of the held-out data are in the training data too" in run.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    run = launch(
+        HERE / "train_reward.py", *arguments, "--num_train_epochs", "0", "--output_dir", tmp_path / "none"
+    )
+    evaluated = json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"eval_loss')))
+    assert set(evaluated) == {
+        "eval_loss", "eval_accuracy", "eval_margin", "eval_chosen_score", "eval_rejected_score"
+    }  # fmt: skip
+    assert not (tmp_path / "none").exists() and "chosen   ..." in run.stdout
+
+
+def test_loop_dialogues_and_messages_split_by_prompt(tokenizer):
+    import train_reward
+
+    talker = copy.deepcopy(tokenizer)
+    talker.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}<eos>\n"
+    say = lambda *texts: [{"role": "user", "content": text} for text in texts]
+    rows = [
+        (
+            "a:1",
+            {"chosen": "\n\nHuman: w3\n\nAssistant: w4", "rejected": "\n\nHuman: w3\n\nAssistant: w4 w5"},
+        ),
+        ("a:2", {"chosen": "\n\nHuman: w3\n\nAssistant: w6", "rejected": "\n\nHuman: w3\n\nAssistant: w7"}),
+        ("a:3", {"prompt": say("w3"), "chosen": say("w4"), "rejected": say("w5")}),
+        ("a:4", {"chosen": say("w3", "w6"), "rejected": say("w3", "w7")}),
+    ]
+    pairs = train_reward.tokenize(rows, talker, 64, "data")
+    assert (
+        pairs[0]["prompt"] == pairs[1]["prompt"] == "\n\nHuman: w3"
+        and pairs[2]["prompt"] == pairs[3]["prompt"]
+    )
+    ids = lambda text: tokenizer(text)["input_ids"]
+    assert pairs[2]["chosen"] == ids("w3 w4 <eos>") and pairs[2]["divergence"] == 1
+    assert pairs[0]["chosen"][-1] == pairs[0]["rejected"][-1] == tokenizer.eos_token_id
+    for seed in range(5):
+        train, held_out = train_reward.split_by_prompt(pairs, 0.5, seed)
+        assert len(train) == len(held_out) == 2 and train[0]["prompt"] != held_out[0]["prompt"]
+
+
+# ---- saving ----
+
+
+def test_a_kill_while_saving_leaves_one_whole_critic(tokenizer, tmp_path, monkeypatch):
+    """Two critics are saved in turn; after each SIGKILL the folder holds one of them."""
+    models = [make_model("llama", tokenizer, seed=seed) for seed in (0, 1)]
+    for parameter in models[1].parameters():
+        parameter.data += 1
+    save_critic_model(models[0], tokenizer, tmp_path / "critic")
+    # A bar has a lock that all processes share, and the killed one may hold it.
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
+    rng = random.Random(0)
+    for _ in range(12):
+        child = os.fork()
+        if not child:
+            for model in itertools.cycle(models):
+                save_critic_model(model, tokenizer, tmp_path / "critic")
+        time.sleep(rng.uniform(0.01, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        loaded = create_critic_model(str(tmp_path / "critic"), tokenizer, None, rlhf_training=True)
+        same = [
+            all(torch.equal(v, m.state_dict()[k]) for k, v in loaded.state_dict().items()) for m in models
+        ]
+        assert sum(same) == 1
+
+
+def test_a_full_disk_names_the_folder_and_leaves_the_old_critic(tokenizer, tmp_path):
+    model = make_model("llama", tokenizer)
+    save_critic_model(model, tokenizer, tmp_path / "critic")
+    before = (tmp_path / "critic" / "model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a disk with 20 kB left
+    try:
+        with pytest.raises(OSError, match=str(tmp_path / "critic")):
+            save_critic_model(model, tokenizer, tmp_path / "critic")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "critic" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "critic" / ".writing").exists()
+    with pytest.raises(OSError, match="config.json/below"):
+        save_critic_model(model, tokenizer, tmp_path / "critic" / "config.json" / "below")
+
+
+# ---- step 3 ----
+
+PPO = """
+import json, sys, torch, deepspeed, critic
+from transformers import AutoTokenizer
+folder, ds_config, data, output = sys.argv[-4:]
+deepspeed.init_distributed()
+ds_config = json.load(open(ds_config))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+make = lambda: critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=True)
+trainable, *_ = deepspeed.initialize(model=make(), config=dict(ds_config))
+frozen = make().requires_grad_(False)
+settings = {name: ds_config[name] for name in ("train_micro_batch_size_per_gpu", "zero_optimization")}
+reward_model, *_ = deepspeed.initialize(model=frozen, config=settings) if settings["zero_optimization"]["stage"] == 3 else (frozen,)
+reward_model.eval()
+trainable.eval()
+prompts, answers = json.load(open(data))
+
+def batch(chosen, extra):
+    left, right = (tokenizer([texts[i] for i in chosen], padding=True, padding_side=side, return_tensors="pt")
+                   for texts, side in ((prompts, "left"), (answers, "right")))
+    pad = torch.full((len(chosen), extra), tokenizer.pad_token_id)
+    ids = torch.cat([pad, left["input_ids"], right["input_ids"], pad], 1)
+    mask = torch.cat([0 * pad, left["attention_mask"], right["attention_mask"], 0 * pad], 1)
+    return {"input_ids": ids, "attention_mask": mask}, extra + left["input_ids"].size(1)
+
+def score(model, extra=0, chosen=range(len(prompts))):
+    inputs, prompt_length = batch(chosen, extra)
+    return getattr(model, "module", model).forward_value(**inputs, prompt_length=prompt_length)
+
+with torch.no_grad():
+    results = {"all": score(reward_model)["chosen_end_scores"].tolist(),
+               "padded": score(reward_model, 5)["chosen_end_scores"].tolist(),
+               "alone": [score(reward_model, 2, [i])["chosen_end_scores"].item() for i in range(len(prompts))]}
+    before = score(trainable)["values"]
+    assert torch.allclose(before, score(reward_model)["values"], atol=1e-6)
+values = score(trainable)
+loss = ((values["values"][:, -4:] - values["chosen_end_scores"].detach()[:, None] - 1) ** 2).mean()
+trainable.backward(loss)
+trainable.step()
+with torch.no_grad():
+    results["after"] = score(reward_model)["chosen_end_scores"].tolist()
+    results["moved"] = (score(trainable)["values"] - before).abs().max().item()
+if torch.distributed.get_rank() == 0:
+    json.dump(results, open(output, "w"))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_loop_step_3_as_a_ppo_trainer_takes_it(stage, trained, tmp_path):
+    folder = trained[1][2, stage][0]
+    rows = [json.loads(line) for line in trained[0].read_text().splitlines()][:5]
+    texts = [row["prompt"] for row in rows], [row["chosen"] + " <eos>" for row in rows]
+    (tmp_path / "ppo.py").write_text(PPO)
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    config = write_ds_config(
+        tmp_path / "ds.json", stage, scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3}}
+    )
+    launch(tmp_path / "ppo.py", folder, config, tmp_path / "texts.json", tmp_path / "scores.json")
+    results = json.loads((tmp_path / "scores.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = create_critic_model(str(folder), tokenizer, None, rlhf_training=True).eval()
+    ids, mask = pad_rows([tokenizer(p + a)["input_ids"] for p, a in zip(*texts)])  # as step 2 wrote them
+    step2 = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"].tolist()
+    for way in ("all", "padded", "alone", "after"):
+        assert results[way] == pytest.approx(step2, abs=1e-5), way
+    assert results["moved"] > 1e-4
+
+
+def test_loop_the_readmes_python_runs_as_printed(trained, tokenizer, tmp_path):
     """Step 2 to step 3; the folder `output` is a critic that step 2 left."""
     block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
     os.symlink(trained[1][1, 0][0], tmp_path / "output")

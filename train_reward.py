@@ -6,15 +6,19 @@ Without arguments a small critic learns, offline, to tell Python's reference man
 """
 
 import argparse
+import contextlib
 import gzip
+import hashlib
 import itertools
 import json
 import math
 import os
 import random
-import socket
+import re
+import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,9 +33,16 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 
-from critic import SHARED_PREFIX_FAMILIES, create_critic_model, round_up, save_critic_model
+from critic import can_share_prefix, create_critic_model, round_up, save_critic_model
 
-LOG_INTERVAL = 10  # optimizer steps between two lines of metrics
+MAX_SKIPPED = 5  # steps in a row whose loss or gradient is not finite, after which the run stops
+KEPT_CHECKPOINTS = 2
+ROLES = {"system", "developer", "user", "assistant", "tool"}
+# Sections of the DeepSpeed config that report, and change no weight: a resumed run may differ in them.
+REPORTING = {
+    "comms_logger", "csv_monitor", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print",
+    "tensorboard", "wall_clock_breakdown", "wandb",
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,12 +51,12 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model_name_or_path", help="pretrained decoder, folder or hub id (default: one made on the spot)")
-    add("--data_path", nargs="+", help="pairs, .jsonl or .jsonl.gz (default: made from Python's manual)")
-    add("--eval_path", nargs="+", help="held-out pairs (default: --eval_fraction of the data)")
+    add("--data_path", nargs="+", help="pairs, .jsonl[.gz] or hub datasets (default: from Python's manual)")
+    add("--eval_path", nargs="+", help="held-out pairs, of a hub dataset the split test")
     add("--eval_fraction", type=float, default=0.1, help="share of the prompts to hold out")
     add("--max_seq_len", type=int, default=512, help="tokens; pairs with a longer text are left out")
-    add("--num_train_epochs", type=int, default=1, help="passes over the data")
-    add("--output_dir", default="output", help="where the critic and metrics.jsonl go")
+    add("--num_train_epochs", type=int, default=1, help="passes over the data; 0 evaluates a trained critic")
+    add("--output_dir", default="output", help="where critic, metrics.jsonl and checkpoints go")
     add("--seed", type=int, default=1234, help="of the fresh head, the order of the data and dropout")
     add("--num_padding_at_beginning", type=int, help="PADs that begin every text (default: counted)")
     add("--dropout", type=float, help="overrides every dropout probability of the model")
@@ -53,17 +64,22 @@ def parse_args() -> argparse.Namespace:
     add("--loss_on", choices=["tokens", "end"], default="tokens", help="the positions that the loss reads")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--eval_interval", type=int, default=0, help="optimizer steps between evaluations (0: none between)")
+    add("--save_interval", type=int, default=0, help="optimizer steps between checkpoints (0: none)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir, if any")
     ds_config = str(Path(__file__).with_name("ds_config.json"))
     add("--deepspeed_config", default=ds_config, help="batch, optimizer, schedule, precision, ZeRO stage")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
+    data = args.data_path or (args.eval_path and not args.num_train_epochs)
     for name, fits, remedy in [
         ("eval_fraction", 0 < args.eval_fraction < 1, "greater than 0 and less than 1"),
         ("max_seq_len", args.max_seq_len >= 2, "at least 2"),
-        ("num_train_epochs", args.num_train_epochs >= 1, "at least 1"),
+        ("num_train_epochs", args.num_train_epochs >= 0, "0 or more"),
         ("eval_interval", args.eval_interval >= 0, "0 or more"),
-        ("model_name_or_path", args.model_name_or_path or not args.data_path, "given where --data_path is"),
-        ("data_path", args.data_path or not args.model_name_or_path, "given where --model_name_or_path is"),
+        ("save_interval", args.save_interval >= 0, "0 or more"),
+        ("model_name_or_path", args.model_name_or_path or not data, "given where --data_path is"),
+        ("model_name_or_path", args.model_name_or_path or args.num_train_epochs, "given to evaluate"),
+        ("data_path", data or not args.model_name_or_path, "given where --model_name_or_path is"),
     ]:
         if not fits:
             parser.error(f"--{name} is {getattr(args, name)}: it must be {remedy}")
@@ -73,8 +89,23 @@ def parse_args() -> argparse.Namespace:
 # ---- data: files -> texts -> token ids ----
 
 
-def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a .jsonl or .jsonl.gz file, each with the `file:line` for an error about it."""
+def read_rows(path: str, split: str = "train") -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a .jsonl or .jsonl.gz file, or of a hub dataset's split, each with the place it came from."""
+    if (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+        and not path.endswith((".jsonl", ".gz"))
+        and not Path(path).exists()
+    ):
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError(
+                f"{path} is not a file; to read it from the hub: pip install datasets"
+            ) from error
+        try:
+            return [(f"{path}:{split}:{n}", row) for n, row in enumerate(load_dataset(path, split=split))]
+        except Exception as error:  # of the hub, the network, the format
+            raise ValueError(f"{path}: split {split} cannot be read from the hub ({error})") from error
     rows = []
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
@@ -132,6 +163,8 @@ def render(where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
             raise ValueError(
                 f'{where}: a message must be {{"role": text, "content": text}}; got {str(message)[:80]}'
             )
+        if message["role"] not in ROLES:
+            raise ValueError(f"{where}: unknown role {message['role']!r}, use one of {sorted(ROLES)}")
     if not all(dialogues):
         raise ValueError(
             f"{where}: chosen or rejected has no message, give both an answer or delete the line"
@@ -187,9 +220,9 @@ def split_by_prompt(pairs: list[dict[str, Any]], fraction: float, seed: int) -> 
 def cost(pair: dict[str, Any], model: torch.nn.Module) -> int:
     """Tokens that the critic computes for a pair: p + 2 (e - p) as one row, else two rows of e."""
     p, c, r = pair["divergence"], len(pair["chosen"]), len(pair["rejected"])
-    if not model.share_prefix or model.config.model_type not in SHARED_PREFIX_FAMILIES:
-        return 2 * max(c, r)
-    return c + r - p if model.loss_on == "end" else 2 * max(c, r) - p
+    shared = c + r - p if model.loss_on == "end" else 2 * max(c, r) - p
+    shares = model.share_prefix and can_share_prefix(model.config, max(c, r), round_up(shared))
+    return shared if shares else 2 * max(c, r)
 
 
 def collate(
@@ -252,17 +285,14 @@ def demonstration(folder: str, seed: int) -> tuple[list, list]:
     return sides[0], sides[1]
 
 
-# ---- the run ----
-
-
 def is_lead() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @torch.no_grad()
 def evaluate(
-    engine: deepspeed.DeepSpeedEngine, pairs: list[dict], pad_id: int, max_seq_len: int
-) -> dict[str, Any]:
+    engine: deepspeed.DeepSpeedEngine, pairs: list[dict], collate_options: dict[str, Any]
+) -> dict[str, float]:
     """Accuracy, loss and scores on held-out pairs, to the bit the same on any number of ranks.
 
     The batches do not depend on the number of ranks; each rank takes its share.
@@ -278,7 +308,7 @@ def evaluate(
     ):
         # Under ZeRO-3 every rank must take part in every forward: one without a share repeats the last batch.
         mine = batches[min(at + rank, len(batches) - 1)]
-        output = engine(**collate([pairs[index] for index in mine], pad_id, max_seq_len, engine.device))
+        output = engine(**collate([pairs[index] for index in mine], **collate_options))
         if at + rank < len(batches):
             index = torch.tensor(mine, device=engine.device)
             results[0, index] = output["loss"].double()
@@ -296,46 +326,75 @@ def evaluate(
     }
 
 
-def read_ds_config(path: str) -> dict[str, Any]:
-    """The DeepSpeed config, checked against what this machine can do before anything is loaded."""
+@torch.no_grad()
+def show_examples(
+    engine: deepspeed.DeepSpeedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[dict],
+    collate_options: dict[str, Any],
+) -> None:
+    """Print the scores of a few pairs, so that a reader sees what a reward model does."""
+    engine.eval()
+    scores = engine(**collate(pairs[:3], **collate_options))
+    for index, pair in enumerate(pairs[:3] if is_lead() else []):
+        for side in ("chosen", "rejected"):
+            text = tokenizer.decode(pair[side], skip_special_tokens=True)[-150:]
+            print(f"{scores[f'{side}_mean_scores'][index].item():+8.3f} {side:8s} ...{text!r}")
+
+
+# ---- the run's input ----
+
+
+def read_ds_config(path: str) -> tuple[dict[str, Any], int, int]:
+    """The DeepSpeed config, checked before anything is loaded; the micro-batch a rank; the accumulation."""
     try:
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--deepspeed_config {path}: not a JSON file, pass one such as ds_config.json ({error})"
+            f"--deepspeed_config {path}: pass a JSON file such as ds_config.json ({error})"
         ) from error
+    try:
+        resolved = DeepSpeedConfig(ds_config)
+    except Exception as error:  # assertions and errors of its own
+        raise ValueError(f"--deepspeed_config {path}: DeepSpeed refuses it, mend it ({error})") from error
+    if "optimizer" not in ds_config:
+        raise ValueError(f"--deepspeed_config {path}: it has no optimizer, add one: see ds_config.json")
     accelerator = get_accelerator()
     for name, supported in (("fp16", accelerator.is_fp16_supported), ("bf16", accelerator.is_bf16_supported)):
         if ds_config.get(name, {}).get("enabled") and not supported():
             raise ValueError(
                 f"{path}: {name} is enabled, which this {accelerator.device_name()} does not support: disable it"
             )
-    return ds_config
+    return ds_config, resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
 
 
-def prepare(args: argparse.Namespace) -> tuple:
-    """All that can go wrong through a user's input: the config, the data, the model. Nothing is written."""
-    ds_config = read_ds_config(args.deepspeed_config)
-    try:
-        resolved = DeepSpeedConfig(ds_config)
-    except Exception as error:  # assertions and errors of its own
-        raise ValueError(f"{args.deepspeed_config}: DeepSpeed refuses it ({error})") from error
-    micro, accumulation = resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
+def prepare(args: argparse.Namespace, ds_config: dict[str, Any]) -> tuple:
+    """Read, tokenize and check the data, and make the model: what a user's input can spoil. Writes nothing.
+
+    Returns:
+        The tokenizer, the model, the training pairs and the held-out ones.
+    """
     with tempfile.TemporaryDirectory() as folder:
         if args.model_name_or_path is None:
             train_rows, eval_rows = demonstration(folder, args.seed)
         else:
             folder = args.model_name_or_path
-            train_rows = [row for path in args.data_path for row in read_rows(path)]
-            eval_rows = [row for path in args.eval_path or [] for row in read_rows(path)]
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+            train_rows = [row for path in args.data_path or [] for row in read_rows(path)]
+            eval_rows = [row for path in args.eval_path or [] for row in read_rows(path, "test")]
+        try:
+            tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+        except Exception as error:  # of the hub, of a tokenizer file
+            raise ValueError(
+                f"--model_name_or_path {folder}: config and tokenizer cannot be read; pass a folder that "
+                f"save_pretrained wrote, or a hub id ({error})"
+            ) from error
         if tokenizer.eos_token is None:
             raise ValueError(
                 f"{folder}: the tokenizer has no EOS token, with which every text ends: set one and save it"
             )
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # EOS is content here: PAD must differ
-        limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", args.max_seq_len)
+        limit = getattr(config, "max_position_embeddings", args.max_seq_len)
         if args.max_seq_len > limit:
             raise ValueError(
                 f"--max_seq_len is {args.max_seq_len}, but {folder} has {limit} positions: pass {limit} or less"
@@ -352,17 +411,12 @@ def prepare(args: argparse.Namespace) -> tuple:
             train_pairs, eval_pairs = split_by_prompt(train_pairs, args.eval_fraction, args.seed)
         shared = {pair["prompt"] for pair in train_pairs} & {pair["prompt"] for pair in eval_pairs}
         if shared and is_lead():
-            print(
-                f"warning: {len(shared)} prompts of the held-out data are in the training data too",
-                flush=True,
-            )
-        for name, pairs, least in (
-            ("training", train_pairs, dist.get_world_size()),
-            ("held-out", eval_pairs, 1),
-        ):
-            if len(pairs) < least:
+            print(f"warning: {len(shared)} prompts of the held-out data are in the training data too")
+        least = dist.get_world_size() if args.num_train_epochs else 0
+        for name, pairs, needed in (("training", train_pairs, least), ("held-out", eval_pairs, 1)):
+            if len(pairs) < needed:
                 raise ValueError(
-                    f"{len(pairs)} {name} pairs remain, at least {least} are needed: see what was left out "
+                    f"{len(pairs)} {name} pairs remain, at least {needed} are needed: see what was left out "
                     "above, pass more data or a larger --max_seq_len"
                 )
         set_seed(args.seed)
@@ -371,121 +425,263 @@ def prepare(args: argparse.Namespace) -> tuple:
             tokenizer,
             ds_config,
             args.num_padding_at_beginning,
+            rlhf_training=args.num_train_epochs == 0,
             dropout=args.dropout,
             compute_fp32_loss=args.compute_fp32_loss,
         )
     model.loss_on = args.loss_on
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    return tokenizer, model, train_pairs, eval_pairs
 
-    lengths = [cost(pair, model) for pair in train_pairs]
-    sampler = DistributedLengthGroupedSampler(
-        micro, num_replicas=dist.get_world_size(), rank=dist.get_rank(), seed=args.seed, lengths=lengths
-    )
-    total_steps = args.num_train_epochs * math.ceil(len(sampler) / micro) // accumulation
-    if total_steps == 0:
+
+# ---- a run that was killed goes on ----
+
+
+def whole_checkpoints(output_dir: Path) -> list[Path]:
+    """Oldest first. A checkpoint gets a name of this form only when every rank has written its part."""
+    return sorted(output_dir.glob("checkpoints/step-*"))
+
+
+def find_checkpoint(output_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from. Without `resume` an `output_dir` that holds a run or a model is refused."""
+    found = [name for name in ("metrics.jsonl", "checkpoints", "config.json") if (output_dir / name).exists()]
+    if found and not resume:
         raise ValueError(
-            f"{args.deepspeed_config}: an epoch has fewer batches than gradient_accumulation_steps: lower it"
+            f"--output_dir {output_dir} already holds {', '.join(found)}: pass --resume to go on with that run, "
+            "or another --output_dir"
         )
-    schedule = ds_config.get("scheduler", {}).get("params", {})
-    if schedule.get("total_num_steps") == "auto":
-        schedule["total_num_steps"] = total_steps
-    return ds_config, tokenizer, model, train_pairs, eval_pairs, sampler, total_steps
+    checkpoints = whole_checkpoints(output_dir)
+    if not checkpoints and "config.json" in found:
+        raise ValueError(
+            f"--resume: {output_dir} holds a model, but no checkpoint to go on from: pass another --output_dir"
+        )
+    return checkpoints[-1] if checkpoints else None
+
+
+def what_decides(args: argparse.Namespace, ds_config: dict, model: torch.nn.Module, **pairs: list) -> dict:
+    """All that the result depends on, by the name under which a refusal to resume mentions it."""
+    free = {"data_path", "eval_path", "deepspeed_config", "model_name_or_path"}  # their content counts, below
+    free |= {"output_dir", "local_rank", "resume", "save_interval", "eval_interval", "gradient_checkpointing"}
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    decides = {f"--{name}": value for name, value in vars(args).items() if name not in free}
+    decides |= {f"{name} in the DeepSpeed config": ds_config[name] for name in set(ds_config) - REPORTING}
+    decides |= {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in pairs.items()}
+    decides |= {
+        "the model's config": json.dumps(config, default=str),
+        "the number of ranks": dist.get_world_size(),
+    }
+    return json.loads(json.dumps(decides))  # a copy: "auto" is filled in later
+
+
+def require_same(checkpoint: Path, decides: dict[str, Any]) -> None:
+    before = json.loads((checkpoint / "decides.json").read_text())
+    changed = [
+        name for name in sorted(before.keys() | decides.keys()) if before.get(name) != decides.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"--resume: {', '.join(changed)} changed since {checkpoint} was written: put it back, or start "
+            "anew with another --output_dir"
+        )
+
+
+def save_checkpoint(engine: deepspeed.DeepSpeedEngine, output_dir: Path, decides: dict, **state: Any) -> None:
+    """Write a DeepSpeed checkpoint, name it when it is whole, and drop all but the newest."""
+    folder = output_dir / "checkpoints"
+    try:
+        engine.save_checkpoint(str(folder), tag="unfinished", client_state=state, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"{folder}: a checkpoint cannot be written, the older ones are whole ({error})"
+        ) from error
+    if is_lead():  # the engine has waited for every rank
+        (folder / "unfinished" / "decides.json").write_text(json.dumps(decides))
+        os.replace(folder / "unfinished", folder / f"step-{engine.global_steps:09d}")
+        for old in whole_checkpoints(output_dir)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+# ---- the run ----
 
 
 def batches(sampler: DistributedLengthGroupedSampler, micro: int, epochs: int):
-    """Lists of `micro` indices of like length, epoch after epoch; the order of the batches is shuffled."""
+    """(epoch, `micro` indices of like length); the order of the batches is shuffled, the same on every rank."""
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         indices = list(sampler)
         grouped = [indices[at : at + micro] for at in range(0, len(indices), micro)]
-        # The same on every rank: all take like lengths at once.
         random.Random(sampler.seed + epoch).shuffle(grouped)
-        yield from grouped
+        for number, group in enumerate(grouped):
+            yield epoch + (number + 1) / len(grouped), group
+
+
+def take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[float | None, bool]:
+    """`engine.step()` that no gradient which is not finite gets through.
+
+    DeepSpeed skips such a step in bf16, in fp16 and under ZeRO; in plain float32 it is done here.
+
+    Returns:
+        The gradient's norm before clipping, where DeepSpeed tells it, and whether the step was taken.
+    """
+    norm, hook, plain = None, None, isinstance(engine.optimizer, torch.optim.Optimizer)
+    if plain and engine.is_gradient_accumulation_boundary():
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if not math.isfinite(norm):  # an optimizer passes over parameters without gradient
+            hook = engine.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
+    engine.step()
+    if hook is not None:
+        hook.remove()
+    if not plain and engine.get_global_grad_norm() is not None:
+        norm = float(engine.get_global_grad_norm())
+    return norm, engine.was_step_applied() and (norm is None or math.isfinite(norm))
+
+
+@contextlib.contextmanager
+def told_plainly():
+    """What a user's input did wrong, or a full disk, is told in a line and ends the run."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_reward.py: error: {error}")
 
 
 def main() -> None:
     args = parse_args()
-    if "RANK" not in os.environ:  # `python train_reward.py`, without a launcher
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
+    if "RANK" not in os.environ:  # `python train_reward.py`, without a launcher; port 0 is any free one
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Else the ranks of one machine fight for its cores.
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))
     deepspeed.init_distributed()
-    try:
-        ds_config, tokenizer, model, train_pairs, eval_pairs, sampler, total_steps = prepare(args)
-        output_dir = Path(args.output_dir)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    output_dir, checkpoint = Path(args.output_dir), None
+
+    with told_plainly():
+        ds_config, micro, accumulation = read_ds_config(args.deepspeed_config)
+        if args.num_train_epochs:
+            checkpoint = find_checkpoint(output_dir, args.resume)
+        tokenizer, model, train_pairs, eval_pairs = prepare(args, ds_config)
+        decides = what_decides(args, ds_config, model, train_pairs=train_pairs, eval_pairs=eval_pairs)
+        if checkpoint is not None:
+            require_same(checkpoint, decides)
+        sampler = DistributedLengthGroupedSampler(
+            micro * ranks, num_replicas=ranks, rank=rank, seed=args.seed, drop_last=True,
+            lengths=[cost(pair, model) for pair in train_pairs],
+        )  # fmt: skip
+        total_steps = args.num_train_epochs * math.ceil(len(sampler) / micro) // accumulation
+        if args.num_train_epochs and not total_steps:
+            raise ValueError(
+                f"{args.deepspeed_config}: the data has fewer batches than gradient_accumulation_steps: lower it"
+            )
+        schedule = ds_config.get("scheduler", {}).get("params", {})
+        if schedule.get("total_num_steps") == "auto":
+            schedule["total_num_steps"] = total_steps
+        try:
+            engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+        except Exception as error:  # assertions and type errors of its own
+            raise ValueError(f"{args.deepspeed_config}: DeepSpeed refuses it, mend it ({error})") from error
+    on_device = {"pad_id": tokenizer.pad_token_id, "max_seq_len": args.max_seq_len, "device": engine.device}
+
+    if not args.num_train_epochs:
+        metrics = evaluate(engine, eval_pairs, on_device)
+        if is_lead():
+            print(json.dumps(metrics))
+        show_examples(engine, tokenizer, eval_pairs, on_device)
+        dist.destroy_process_group()
+        return
+
+    state = {"metrics_bytes": 0, "skipped": 0, "in_a_row": 0}
+    if checkpoint is not None:
+        loaded = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)[1]
+        state = {name: loaded[name] for name in state}
+    with told_plainly():
         output_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_reward.py: error: {error}")
-    torch.manual_seed(args.seed + dist.get_rank())  # dropout differs from rank to rank
-    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
-    pad_id, micro = tokenizer.pad_token_id, engine.train_micro_batch_size_per_gpu()
-    metrics_file = (output_dir / "metrics.jsonl").open("w", encoding="utf-8") if is_lead() else None
-    progress = tqdm(total=total_steps, desc="training", disable=not is_lead())
+        if is_lead():
+            shutil.rmtree(output_dir / "checkpoints" / "unfinished", ignore_errors=True)
+            metrics_file = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            metrics_file.truncate(state["metrics_bytes"])  # lines after the checkpoint will be written again
+    progress = tqdm(total=total_steps, initial=engine.global_steps, desc="training", disable=not is_lead())
 
-    def log(metrics: dict[str, float]) -> None:
-        if metrics_file is not None:
+    def log(metrics: dict[str, float | None]) -> None:
+        if is_lead():
+            # JSON has no NaN.
+            metrics = {k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()}
             print(json.dumps({"step": engine.global_steps} | metrics), file=metrics_file, flush=True)
-            engine.monitor.write_events(
-                [(f"Train/{name}", value, engine.global_steps) for name, value in metrics.items()]
-            )
-            tqdm.write(
-                f"step {engine.global_steps}: "
-                + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            )
+            state["metrics_bytes"] = metrics_file.tell()
+            known = [(f"Train/{k}", v, engine.global_steps) for k, v in metrics.items() if v is not None]
+            engine.monitor.write_events(known)
 
-    log(evaluate(engine, eval_pairs, pad_id, args.max_seq_len))
-    losses = []
-    for indices in batches(sampler, micro, args.num_train_epochs):
-        if engine.global_steps == total_steps:
-            break  # batches too few for another optimizer step
-        batch = collate([train_pairs[index] for index in indices], pad_id, args.max_seq_len, engine.device)
-        loss = engine(**batch)["loss"]
-        boundary = engine.is_gradient_accumulation_boundary()
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.detach().float())
-        if boundary:
-            progress.update()
-            if engine.global_steps % LOG_INTERVAL == 0 or engine.global_steps == total_steps:
-                mean_loss = torch.stack(losses).mean()
-                dist.all_reduce(mean_loss)
-                losses = []
-                log({"loss": mean_loss.item() / dist.get_world_size(), "lr": engine.get_lr()[0]})
-            if (
-                engine.global_steps == total_steps
-                or args.eval_interval
-                and engine.global_steps % args.eval_interval == 0
-            ):
-                log(evaluate(engine, eval_pairs, pad_id, args.max_seq_len))
+    def log_evaluation() -> None:
+        metrics = evaluate(engine, eval_pairs, on_device)
+        log(metrics)
+        if is_lead():
+            line = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            progress.write(f"step {engine.global_steps}: {line}")
+
+    if checkpoint is None:
+        log_evaluation()
+    done = engine.global_steps * accumulation  # batches that the checkpoint has seen
+    sums = torch.zeros(5, dtype=torch.float64, device=engine.device)  # loss, correct, margin, pairs, tokens
+    start = time.perf_counter()
+    engine.train()
+    upcoming = enumerate(batches(sampler, micro, args.num_train_epochs))
+    for number, (epoch, indices) in itertools.islice(upcoming, done, total_steps * accumulation):
+        # Dropout depends on seed, batch and rank alone: a resumed run draws what the first would have drawn.
+        torch.manual_seed(args.seed + number * ranks + rank)
+        batch = collate([train_pairs[index] for index in indices], **on_device)
+        output = engine(**batch)
+        loss, margin = output["loss"], output["chosen_mean_scores"] - output["rejected_mean_scores"]
+        tokens = batch["attention_mask"].sum()
+        pairs = torch.full_like(loss, len(indices))
+        row = [loss.detach() * pairs, (margin > 0).sum(), margin.detach().sum(), pairs, tokens]
+        sums += torch.stack([value.double() for value in row])
+        # A loss that is not finite spoils the gradient, also where autograd would have made it finite.
+        engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
+        boundary, learning_rate = engine.is_gradient_accumulation_boundary(), engine.get_lr()[0]
+        grad_norm, taken = take_step(engine)
+        if not boundary:
+            continue
+        dist.all_reduce(sums)
+        loss, correct, margin, pairs, tokens = sums.tolist()
+        sums.zero_()
+        loss, accuracy, seconds = loss / pairs, correct / pairs, time.perf_counter() - start
+        # In fp16 DeepSpeed skips steps to find the loss scale: there only the loss tells.
+        taken_or_scaled = math.isfinite(loss) and (taken or engine.fp16_enabled())
+        state["in_a_row"] = 0 if taken_or_scaled else state["in_a_row"] + 1
+        state["skipped"] += not taken
+        log({
+            "epoch": epoch, "loss": loss, "accuracy": accuracy, "margin": margin / pairs,
+            "learning_rate": learning_rate, "grad_norm": grad_norm, "skipped_steps": state["skipped"],
+            "pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds,
+        })  # fmt: skip
+        progress.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}, {pairs / seconds:.1f} pairs/s")
+        progress.update()
+        if state["in_a_row"] == MAX_SKIPPED:
+            progress.close()
+            last = next(reversed(whole_checkpoints(output_dir)), "none, see --save_interval")
+            sys.exit(
+                f"train_reward.py: error: step {engine.global_steps}: loss {loss}, gradient norm {grad_norm}, "
+                f"{MAX_SKIPPED} steps in a row not finite and skipped; lower the learning rate, or look for "
+                f"weights that are not finite; last checkpoint: {last}"
+            )
+        last_step = engine.global_steps == total_steps
+        if last_step or args.eval_interval and engine.global_steps % args.eval_interval == 0:
+            log_evaluation()
+        if args.save_interval and engine.global_steps % args.save_interval == 0:
+            with told_plainly():
+                save_checkpoint(engine, output_dir, decides, **state)
+        start = time.perf_counter()
     progress.close()
 
-    save_critic_model(engine, tokenizer, output_dir)
+    with told_plainly():
+        save_critic_model(engine, tokenizer, output_dir)
     if is_lead():
-        print(
-            f"critic saved in {output_dir}: load it with create_critic_model({str(output_dir)!r}, ..., rlhf_training=True)"
-        )
-    examples = eval_pairs[:3]
-    with torch.no_grad():
-        engine.eval()
-        scores = engine(**collate(examples, pad_id, args.max_seq_len, engine.device))
-    for index, pair in enumerate(examples if is_lead() else []):
-        text = {
-            side: tokenizer.decode(pair[side], skip_special_tokens=True) for side in ("chosen", "rejected")
-        }
-        for side in text:
-            print(f"{scores[f'{side}_mean_scores'][index].item():+8.3f} {side:8s} ...{text[side][-150:]!r}")
-    dist.barrier()
+        print(f"critic saved: load it with create_critic_model({str(output_dir)!r}, ..., rlhf_training=True)")
+    show_examples(engine, tokenizer, eval_pairs, on_device)
     dist.destroy_process_group()
 
 
