@@ -12,6 +12,7 @@ import contextlib
 import copy
 import inspect
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     PretrainedConfig,
@@ -91,8 +93,22 @@ def rotate(rows: Tensor, columns: Tensor) -> Tensor:
     return rows[torch.arange(len(rows), device=rows.device)[:, None], columns]
 
 
+def rope_moves(config: PretrainedConfig) -> bool:
+    """Whether the rotary embedding of one token depends on how far the row, with its padding, goes."""
+    rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
+    return "dynamic" in rope or "longrope" in rope
+
+
+def row_columns(config: PretrainedConfig, longest: int, T: int) -> int:
+    """E: how many of T columns to compute when the longest row has `longest` tokens."""
+    if rope_moves(config) or longest > (getattr(config, "sliding_window", None) or longest):
+        return longest  # a padding column more would change the others, or see no key at all
+    positions = getattr(config, "max_position_embeddings", None) or T  # padding may not go beyond the last
+    return max(longest, min(round_up(longest), T, positions))
+
+
 def can_share_prefix(config: PretrainedConfig, longest: int, columns: int) -> bool:
-    """Whether a pair may run as one row. Wrong is worse than slow: elsewhere it runs as two rows.
+    """Whether a batch of pairs runs with each as one row. Wrong is worse than slow: elsewhere as two rows.
 
     Args:
         longest: content tokens of the longest row; columns: W, of the row that holds the longest pair.
@@ -101,17 +117,19 @@ def can_share_prefix(config: PretrainedConfig, longest: int, columns: int) -> bo
         return False  # not measured: see the list
     if config._attn_implementation not in ("sdpa", "eager"):
         return False  # flash and flex kernels refuse a 4-D mask
-    if getattr(config, "alibi", False) or getattr(config, "use_bidirectional_attention", False):
-        return False  # Falcon's ALiBi counts columns, not positions; Gemma 3 can be made an encoder
+    if getattr(config, "alibi", False):
+        return False  # Falcon's ALiBi counts columns, not positions
     if longest > (getattr(config, "sliding_window", None) or longest):
         return False  # our mask replaces the layer's own, which would have cut older tokens off
-    rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
-    if "dynamic" in rope or "longrope" in rope:
-        return False  # these rotary embeddings change with the longest position, which padding moves
+    if rope_moves(config):
+        return False  # one row goes further than two do
     # Older versions of these keep a triangular buffer of that many columns.
-    if config.model_type in ("gpt2", "gptj", "gpt_bigcode"):
-        return columns <= config.max_position_embeddings
-    return True
+    if config.model_type in ("gpt2", "gptj", "gpt_bigcode") and columns > config.max_position_embeddings:
+        return False
+    # Worth it? A layer's products cost about 6H a token, attention under a dense mask about 2 a column (as
+    # measured): a long row with a short prefix loses in attention what it saves in tokens.
+    H, E = config.hidden_size, round_up(longest)
+    return columns * (3 * H + columns) < 2 * E * (3 * H + E)
 
 
 def pair_in_one_row(
@@ -194,8 +212,8 @@ def ranking_loss(rewards: Tensor, length: Tensor, divergence: Tensor, loss_on: s
     inside = t < end[:, None]
     difference = torch.where(inside & (t >= divergence[:, None]), chosen - rejected, 0)
     counted = inside & (t >= torch.minimum(divergence, end - 1)[:, None])  # an identical pair counts one zero
-    loss = (-F.logsigmoid(difference) * counted).sum(1) / counted.sum(1)  # (B,)
-    return loss.mean(), end_scores
+    loss = (-F.logsigmoid(difference) * counted).sum(1, dtype=torch.float32) / counted.sum(1)  # (B,)
+    return loss.mean().to(rewards.dtype), end_scores  # a sum in fp16 would pass 65,504
 
 
 class ValueHead(nn.Linear):
@@ -265,7 +283,9 @@ class RewardModel(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
-        self.rwtransformer.gradient_checkpointing_enable()
+        self.rwtransformer.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
 
     def gradient_checkpointing_disable(self) -> None:
         self.rwtransformer.gradient_checkpointing_disable()
@@ -298,7 +318,7 @@ class RewardModel(nn.Module):
         options = self._options(
             input_ids, attention_mask, past_key_values, position_ids, head_mask, inputs_embeds
         )
-        if len(input_ids) % 2 or not len(input_ids):
+        if len(input_ids) % 2:
             raise ValueError(
                 f"input_ids has {len(input_ids)} rows: pass B chosen rows, then their B rejected ones"
             )
@@ -321,10 +341,9 @@ class RewardModel(nn.Module):
         longest, pair_tokens, least, least_row, masks_agree = torch.stack(facts).tolist()
         self._require_content(least, least_row)
 
-        E, W = min(round_up(longest), T), round_up(pair_tokens)
+        E, W = row_columns(self.config, longest, T), round_up(pair_tokens)
         ids, mask = ids[:, :E], None if mask is None else mask[:, :E]
-        shares = self.share_prefix and not options and masks_agree and W < 2 * E
-        if shares and can_share_prefix(self.config, longest, W):
+        if self.share_prefix and not options and masks_agree and can_share_prefix(self.config, longest, W):
             positions = t[:E].expand_as(ids)
             # OPT alone derives positions from the mask: padding gets -1.
             if mask is not None and self.config.model_type == "opt":
@@ -360,7 +379,7 @@ class RewardModel(nn.Module):
             prompt_length: columns before the answer, in (1, T]; read unless `return_value_only`.
 
         Returns:
-            values (B, T), at padding too: what the backbone makes of PAD after the content. Unless
+            values (B, T); at padding what the backbone makes of PAD after the content, or 0. Unless
             `return_value_only`, a dict of `values` and `chosen_end_scores` (B,), the rewards at each row's
             last content token.
 
@@ -378,10 +397,15 @@ class RewardModel(nn.Module):
         ids, mask, columns, length = align(
             input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning
         )
-        self._require_content(*torch.stack([length.min(), length.argmin()]).tolist())
-        options = {name: rotate(value, columns) for name, value in options.items()}
-        aligned = self._rewards(input_ids=ids, attention_mask=mask, use_cache=use_cache, **options)  # (B, T)
-        values = aligned.gather(1, columns.argsort(1))  # back to the columns in which the tokens came
+        longest, *least = torch.stack([length.max(), length.min(), length.argmin()]).tolist()
+        self._require_content(*least)
+        E = row_columns(self.config, longest, T)
+        inputs = {"input_ids": ids[:, :E], "attention_mask": None if mask is None else mask[:, :E]}
+        options = {name: rotate(value, columns)[:, :E] for name, value in options.items()}
+        aligned = self._rewards(**inputs, use_cache=use_cache, **options)  # (B, E)
+        values = F.pad(aligned, (0, T - E)).gather(
+            1, columns.argsort(1)
+        )  # back to where the tokens came from
         if return_value_only:
             return values
         return {"values": values, "chosen_end_scores": aligned.gather(1, length[:, None] - 1).squeeze(1)}
@@ -396,7 +420,7 @@ class RewardModel(nn.Module):
         inputs_embeds: Tensor | None,
     ) -> dict[str, Tensor]:
         """Check shapes, and keep those of the original's other arguments that the backbone takes."""
-        if input_ids.dim() != 2 or not input_ids.size(1):
+        if input_ids.dim() != 2 or not input_ids.numel():
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: pass (rows, tokens)")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             shapes = f"{tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
@@ -469,6 +493,9 @@ def load_backbone(
         ValueError: lists each missing or mis-shaped key, and each key that is neither the decoder's nor in
             `allowed` (None: any, since a pretrained checkpoint has a language-model head).
     """
+    renamed = {r"^rwtra(?:nsformer|nrsformer)\.": ""}  # DeepSpeed-Chat's prefix, and its older spelling
+    if not MODEL_MAPPING[type(config)].base_model_prefix:
+        renamed[r"^model\."] = ""  # Gemma 3 in transformers 4.57 does not know its own
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report would call the head unexpected; what is wrong is raised below
     try:
@@ -476,22 +503,41 @@ def load_backbone(
             path,
             config=config,
             dtype=dtype,
-            # DeepSpeed-Chat's prefix, and its older spelling.
-            key_mapping={r"^rwtra(?:nsformer|nrsformer)\.": ""},
+            key_mapping=renamed,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     finally:
         logging.set_verbosity(verbosity)
     unexpected = set() if allowed is None else set(info["unexpected_keys"]) - allowed
+    # Causal masks, which transformers once saved with GPT-2, GPT-J, GPT-Neo and GPT-BigCode.
+    unexpected = {key for key in unexpected if not re.search(r"\.attn(\.attention)?\.(masked_)?bias$", key)}
     problems = [f"missing {key}" for key in sorted(info["missing_keys"])]
     problems += [f"unexpected {key}" for key in sorted(unexpected)]
-    problems += [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"])]
+    for key in sorted(info["mismatched_keys"]):  # transformers 5 tells the shapes too
+        name, *shapes = (key,) if isinstance(key, str) else key
+        problems.append(" ".join([f"mis-shaped {name}", *(f"{tuple(shape)}" for shape in shapes)]))
     if problems:
         raise ValueError(
             f"the weights in {path} do not fit its config.json, correct one of them: {'; '.join(problems)}"
         )
     return backbone
+
+
+def read_precision_and_stage(ds_config: dict[str, Any]) -> tuple[torch.dtype, int]:
+    """What a DeepSpeed config says of the weights. Raises ValueError where it says it in no known way."""
+    dtypes = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
+    sections = {name: ds_config.get(name) or {} for name in (*dtypes, "zero_optimization")}
+    for name, section in sections.items():
+        if not (isinstance(section, dict) and section.get("enabled", False) in (True, False)):
+            raise ValueError(f'ds_config has {name}: {section!r}; "enabled" must be true or false')
+    found = [dtype for name, dtype in dtypes.items() if sections[name].get("enabled")]
+    stage = sections["zero_optimization"].get("stage", 0)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool) or len(found) > 1:
+        raise ValueError(
+            f"ds_config has stage {stage!r} and {found}: use a stage from 0 to 3, and one precision"
+        )
+    return found[0] if found else torch.float32, stage
 
 
 @contextlib.contextmanager
@@ -570,8 +616,7 @@ def create_critic_model(
     Raises:
         ValueError: names the argument, file or key at fault and the remedy. OSError: no such folder or id.
     """
-    ds_config = ds_config or {}
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    dtype, stage = read_precision_and_stage(ds_config or {})
     if zero_stage not in (0, stage):
         raise ValueError(
             f"zero_stage is {zero_stage}, the stage in ds_config {stage}: pass the same, or leave zero_stage out"
@@ -581,16 +626,14 @@ def create_critic_model(
         config.is_encoder_decoder
         or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
         or type(config) in MODEL_FOR_MASKED_LM_MAPPING
+        or getattr(config, "is_causal", True) is False
+        or getattr(config, "use_bidirectional_attention", None)
     ):
         raise ValueError(
-            f"{model_name_or_path} is a {config.model_type} model: a critic needs a decoder, such as OPT or Llama"
+            f"{model_name_or_path} is a {config.model_type} model: a critic needs a causal decoder: OPT, Llama, ..."
         )
     if dropout is not None:
         override_dropout(config, dropout)
-    dtypes = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
-    enabled = (dtype for name, dtype in dtypes.items() if ds_config.get(name, {}).get("enabled"))
-    dtype = next(enabled, torch.float32)
-
     keys = checkpoint_keys(model_name_or_path)
     head = find_head(model_name_or_path, config, keys) if rlhf_training else None
     if rlhf_training and len(tokenizer) > config.vocab_size:
@@ -670,27 +713,35 @@ def save_critic_model(
     """
     model = getattr(model, "module", model)
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    prefix = model.rwtransformer.base_model_prefix
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
         with gathered(value):
             if writes:
-                name = name.replace("rwtransformer.", f"{prefix}.", 1).replace("v_head.", "score.", 1)
                 state[name] = value.detach().to("cpu", copy=True)
     if writes:
         config = copy.deepcopy(model.config)
         config.num_labels, config.pad_token_id = 1, model.PAD_ID
-        if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            make = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        with torch.device("meta"):  # the shells know names, shards and config, and hold no data
+            shell = AutoModel.from_config(config)
+            prefix = f"{shell.base_model_prefix or 'model'}."
+            if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+                theirs = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)](config)
+                prefix = f"{theirs.base_model_prefix or 'model'}."
+        state = {
+            name.replace("rwtransformer.", prefix, 1).replace("v_head.", "score.", 1): value
+            for name, value in state.items()
+        }
+        if (
+            type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+            and theirs.state_dict().keys() == state.keys()
+        ):
+            shell = theirs
         else:
-            make = AutoModel.from_config
             warnings.warn(
-                f"transformers has no sequence classification for {config.model_type}: only "
-                "create_critic_model(..., rlhf_training=True) will load what is written"
+                f"transformers has no sequence classification with one linear head for {config.model_type}: "
+                "only create_critic_model(..., rlhf_training=True) will load what is written"
             )
-        with torch.device("meta"):
-            # It knows names, shards and config, and holds no data.
-            shell = make(config).to(state["score.weight"].dtype)
+        shell.to(state["score.weight"].dtype)
         final, beside = Path(output_dir), Path(output_dir, ".writing")
         try:
             shutil.rmtree(beside, ignore_errors=True)
@@ -699,10 +750,11 @@ def save_critic_model(
             new = sorted(beside.iterdir(), key=lambda file: (".safetensors" in file.name, file.name))
             for file in new:
                 os.replace(file, final / file.name)
-            names = {file.name for file in new}
-            # Weights of an earlier critic would be read instead of these, or with them.
+            # What an earlier model left would be read instead of these files, or with them.
+            names, older = {file.name for file in new}, r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)"
+            older += r"(\.index\.json)?|chat_template\.jinja|added_tokens\.json|special_tokens_map\.json"
             for file in final.glob("*"):
-                if file.name not in names and file.name.startswith(("model", "pytorch_model")):
+                if file.name not in names and re.fullmatch(older, file.name):
                     file.unlink()
         except Exception as error:  # safetensors has an error of its own for a full disk
             raise OSError(f"{final} cannot be written, free or change the place ({error})") from error
