@@ -171,21 +171,22 @@ def reference_content(ids, mask, n):
     return max(0, content[0] - n), content[-1]
 
 
-def reference_rewards(model, ids, mask, n):
+def reference_rewards(model, ids, mask, n, T):
     """One row, its content moved to column 0 and PAD behind, through backbone and head: rewards (T,), content length."""
-    T = len(ids)
     first, last = reference_content(ids, mask, n)
-    row = ids[first : last + 1] + [PAD] * (T - (last + 1 - first))
-    bits = None if mask is None else torch.tensor([mask[first : last + 1] + [0] * (T - (last + 1 - first))])
+    padding = T - (last + 1 - first)
+    row = ids[first : last + 1] + [PAD] * padding
+    bits = None if mask is None else torch.tensor([mask[first : last + 1] + [0] * padding])
     hidden = model.rwtransformer(input_ids=torch.tensor([row]), attention_mask=bits, use_cache=False)[0]
     return model.v_head(hidden)[0, :, 0], last + 1 - first, row
 
 
 def reference_loss(model, input_ids, attention_mask=None, loss_on="tokens", n=0):
-    B, rows = len(input_ids) // 2, []
-    for index in range(2 * B):
-        mask = None if attention_mask is None else attention_mask[index].tolist()
-        rows.append(reference_rewards(model, input_ids[index].tolist(), mask, n))
+    B, ids = len(input_ids) // 2, input_ids.tolist()
+    masks = [None] * (2 * B) if attention_mask is None else attention_mask.tolist()
+    ends = [reference_content(row, mask, n) for row, mask in zip(ids, masks)]
+    T = max(last + 1 - first for first, last in ends)
+    rows = [reference_rewards(model, row, mask, n, T) for row, mask in zip(ids, masks)]
     losses = []
     for (chosen, c, chosen_ids), (rejected, r, rejected_ids) in zip(rows[:B], rows[B:]):
         p, e = 0, max(c, r)
@@ -265,6 +266,18 @@ def test_the_pair_in_one_row_runs_where_it_is_equal_and_only_there(
     assert shapes[0][0] == (3 if FAMILIES[name][2] else 6)
     if FAMILIES[name][2]:  # p + 2 (e - p) tokens of the longest pair, rounded up
         assert shapes[0][1] <= critic.round_up(70 + 2 * 23)
+
+
+@pytest.mark.parametrize("fp32", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_pair_in_one_row_in_half_precision(dtype, fp32, tokenizer):
+    model = make_model("llama", tokenizer, fp32=fp32).to(dtype)
+    prefix = list(range(3, 60))
+    ids, mask = pad_rows([prefix + row for row in random_pairs(6, shared=False)], "left")
+    exact = make_model("llama", tokenizer)(ids, mask)["loss"]
+    for model.share_prefix in (True, False):
+        for bits in (mask, None):
+            assert abs(model(ids, bits)["loss"].float() - exact) < 0.02 * exact
 
 
 def test_what_else_keeps_a_pair_in_two_rows():
@@ -1027,6 +1040,56 @@ if torch.distributed.get_rank() == 0:
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
+
+
+SHARED = """
+import json, sys, torch, deepspeed, critic
+from deepspeed.utils import safe_get_full_grad
+from transformers import AutoTokenizer
+folder, ds_config, output = sys.argv[-3:]
+deepspeed.init_distributed()
+ds_config, tokenizer = json.load(open(ds_config)), AutoTokenizer.from_pretrained(folder)
+torch.manual_seed(torch.distributed.get_rank())
+ids = torch.randint(2, 80, (4, 80))
+ids[2:, :60] = ids[:2, :60]
+mask = torch.ones_like(ids)
+ids[3, 70:] = mask[3, 70:] = 0
+worst = {}
+for stage in (0, 1, 2, 3):
+    ds_config["zero_optimization"]["stage"], found = stage, []
+    for share in (True, False):
+        model = critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=True)
+        model.share_prefix = share
+        if stage % 2:
+            model.gradient_checkpointing_enable()
+        engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
+        rows = []
+        model.rwtransformer.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["input_ids"])), with_kwargs=True)
+        output_ = engine(ids, mask)
+        engine.backward(output_["loss"])
+        assert rows[0] == (2 if share else 4)
+        found.append([*output_.values(), *(safe_get_full_grad(p) for p in model.parameters())])
+    assert all(value is not None for value in found[0])
+    worst[stage] = max((a - b).abs().max().item() for a, b in zip(*found))
+    assert max(value.abs().max() for value in found[0][3:]) > 1e-3
+if torch.distributed.get_rank() == 0:
+    json.dump(worst, open(output, "w"))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_loop_the_pair_in_one_row_at_every_zero_stage(tokenizer, tmp_path):
+    """Loss, end scores and every gradient as in two rows, on two ranks; with gradient checkpointing at 1 and 3."""
+    folder = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "shared.py").write_text(SHARED)
+    config = write_ds_config(
+        tmp_path / "ds.json", 0, scheduler={"type": "WarmupLR", "params": {}}, gradient_clipping=0
+    )
+    launch(tmp_path / "shared.py", folder, config, tmp_path / "worst.json")
+    worst = json.loads((tmp_path / "worst.json").read_text())
+    assert set(worst) == set("0123") and max(worst.values()) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
