@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -1221,7 +1222,7 @@ def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
     other = write_rows(tmp_path / "other.jsonl", make_pairs(seed=5))
     changes = {
-        "train_pairs": ["--data_path", other], "--seed": ["--seed", "1"], "--loss_on": ["--loss_on", "end"],
+        "the training data": ["--data_path", other], "--seed": ["--seed", "1"], "--loss_on": ["--loss_on", "end"],
         "optimizer in the DeepSpeed config": ["--deepspeed_config", write_ds_config(
             tmp_path / "lr.json", gradient_accumulation_steps=2, optimizer={"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}})],
     }  # fmt: skip
@@ -1778,13 +1779,13 @@ def benchmark_steps(arguments):
         lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     tokens, memory = {}, {}
-    for name, steps in ways.items():  # the warm-up: every shape is met once
+    for name, steps in tqdm(ways.items(), desc="warming up", leave=False):  # every shape is met once
         computed.clear()
         memory[name] = max(peak_above_start(run, device) for run in steps)
         tokens[name] = sum(computed) / count
     hook.remove()
     times = {name: [] for name in ways}
-    for _ in range(arguments.repeats):
+    for _ in tqdm(range(arguments.repeats), desc="measuring", leave=False):
         for name, steps in ways.items():
             times[name].append(sum(seconds(run, device) for run in steps))
     median = {name: statistics.median(values) for name, values in times.items()}
@@ -1866,7 +1867,7 @@ def benchmark_load(arguments):
         write_deepspeed_chat(Path(folder) / "reward", model)
         del model
         found = {"plain": [], "create_critic_model": []}
-        for _ in range(3):
+        for _ in tqdm(range(3), desc="loading", leave=False):
             for way, results in found.items():
                 command = [sys.executable, "-c", LOAD, way, str(Path(folder) / "reward")]
                 run = subprocess.run(
@@ -1896,7 +1897,7 @@ def benchmark():
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--pairs", type=int, default=32, help="pairs to measure")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--length", type=int, default=180, help="longest row, about, of the pairs made on the spot"
     )

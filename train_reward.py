@@ -459,14 +459,16 @@ def find_checkpoint(output_dir: Path, resume: bool) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def what_decides(args: argparse.Namespace, ds_config: dict, model: torch.nn.Module, **pairs: list) -> dict:
+def what_decides(
+    args: argparse.Namespace, ds_config: dict, model: torch.nn.Module, data: dict[str, list]
+) -> dict[str, Any]:
     """All that the result depends on, by the name under which a refusal to resume mentions it."""
     free = {"data_path", "eval_path", "deepspeed_config", "model_name_or_path"}  # their content counts, below
     free |= {"output_dir", "local_rank", "resume", "save_interval", "eval_interval", "gradient_checkpointing"}
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     decides = {f"--{name}": value for name, value in vars(args).items() if name not in free}
     decides |= {f"{name} in the DeepSpeed config": ds_config[name] for name in set(ds_config) - REPORTING}
-    decides |= {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in pairs.items()}
+    decides |= {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in data.items()}
     decides |= {
         "the model's config": json.dumps(config, default=str),
         "the number of ranks": dist.get_world_size(),
@@ -565,7 +567,9 @@ def main() -> None:
         if args.num_train_epochs:
             checkpoint = find_checkpoint(output_dir, args.resume)
         tokenizer, model, train_pairs, eval_pairs = prepare(args, ds_config)
-        decides = what_decides(args, ds_config, model, train_pairs=train_pairs, eval_pairs=eval_pairs)
+        decides = what_decides(
+            args, ds_config, model, {"the training data": train_pairs, "the held-out data": eval_pairs}
+        )
         if checkpoint is not None:
             require_same(checkpoint, decides)
         sampler = DistributedLengthGroupedSampler(
