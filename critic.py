@@ -126,10 +126,11 @@ def can_share_prefix(config: PretrainedConfig, longest: int, columns: int) -> bo
     # Older versions of these keep a triangular buffer of that many columns.
     if config.model_type in ("gpt2", "gptj", "gpt_bigcode") and columns > config.max_position_embeddings:
         return False
-    # Worth it? A layer's products cost about 6H a token, attention under a dense mask about 2 a column (as
-    # measured): a long row with a short prefix loses in attention what it saves in tokens.
+    # Worth it? A token costs about 6H in a layer's products and 2 a column of its row in attention under a
+    # dense mask (as measured; below by half): a long row with a short prefix loses there what it saves.
     H, E = config.hidden_size, round_up(longest)
-    return columns * (3 * H + columns) < 2 * E * (3 * H + E)
+    one_row, two_rows = columns * (3 * H + columns), 2 * E * (3 * H + E)
+    return one_row < two_rows
 
 
 def pair_in_one_row(
@@ -174,16 +175,14 @@ def pair_in_one_row(
         return torch.cat(rows.chunk(2), 1).gather(1, source).masked_fill(filler, fill)  # (2B, E) -> (B, W)
 
     in_chosen_tail = (column >= prefix) & ~in_rejected
-    seen = (column[:, :, None] >= column[:, None, :]) & ~(
-        in_rejected[:, :, None] & in_chosen_tail[:, None, :]
-    )
+    hidden = in_rejected[:, :, None] & in_chosen_tail[:, None, :]  # (B, query, key)
+    seen = (column[:, :, None] >= column[:, None, :]) & ~hidden
     if mask is not None:
         seen &= lay_out(mask, False)[:, None, :]
     # Additive and in the backbone's dtype, made once: sdpa would turn a boolean mask into this in every
     # layer, and eager attention adds what it is given.
-    additive = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[
-        :, None
-    ]  # (B, 1, W, W)
+    additive = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    additive = additive[:, None]  # (B, 1, W, W)
     inputs = {"input_ids": lay_out(ids, 0), "position_ids": lay_out(positions, 0), "attention_mask": additive}
     moved = torch.where(t >= prefix, t + chosen_tail, t)  # (B, E)
     return inputs, torch.cat([t.expand_as(moved), moved]).clamp(max=W - 1)
@@ -403,9 +402,8 @@ class RewardModel(nn.Module):
         inputs = {"input_ids": ids[:, :E], "attention_mask": None if mask is None else mask[:, :E]}
         options = {name: rotate(value, columns)[:, :E] for name, value in options.items()}
         aligned = self._rewards(**inputs, use_cache=use_cache, **options)  # (B, E)
-        values = F.pad(aligned, (0, T - E)).gather(
-            1, columns.argsort(1)
-        )  # back to where the tokens came from
+        back = columns.argsort(1)  # to where the tokens came from
+        values = F.pad(aligned, (0, T - E)).gather(1, back)  # (B, T)
         if return_value_only:
             return values
         return {"values": values, "chosen_end_scores": aligned.gather(1, length[:, None] - 1).squeeze(1)}
@@ -640,6 +638,10 @@ def create_critic_model(
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the checkpoint {config.vocab_size}: use the tokenizer "
             f"saved in {model_name_or_path}"
+        )
+    if not rlhf_training and {"v_head.weight", "score.weight"} & keys.keys():
+        warnings.warn(
+            f"{model_name_or_path} has a head, which a fresh one replaces: rlhf_training=True keeps it"
         )
     arguments = (model_name_or_path, config, dtype, {head} if rlhf_training else None)
 

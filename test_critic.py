@@ -7,6 +7,7 @@
 import argparse
 import copy
 import ctypes
+import fcntl
 import gzip
 import itertools
 import json
@@ -582,6 +583,8 @@ def test_round_trip_and_transformers_own_class(name, tokenizer, tmp_path):
     with torch.no_grad():
         model.v_head.weight.normal_()
     save_critic_model(model, tokenizer, tmp_path / "critic")
+    with pytest.warns(UserWarning, match="a fresh one replaces"):
+        create_critic_model(str(tmp_path / "critic"), tokenizer, None)
     loaded = create_critic_model(
         str(tmp_path / "critic"), AutoTokenizer.from_pretrained(tmp_path / "critic"), None, rlhf_training=True
     ).eval()
@@ -1206,6 +1209,11 @@ def test_loop_a_killed_run_resumes_to_the_same_bits(stage, training, trained, tm
             break
     assert caught or "written" not in name  # a kill while a checkpoint was being written
     assert not (output / "model.safetensors").exists()
+    if stage == 1:  # ranks that outlive their launcher hold a lock
+        with (output / "metrics.jsonl").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            refused = launch(HERE / "train_reward.py", *arguments, "--resume", check=False)
+        assert refused.returncode != 0 and "metrics.jsonl: another run is writing here" in refused.stdout
     run = launch(HERE / "train_reward.py", *arguments, "--resume")
     assert "step 12: eval_loss" in run.stdout
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
@@ -1355,7 +1363,7 @@ BAD_ARGUMENTS = {
     "an unknown model": (["--model_name_or_path", "no/such-model"], "no/such-model"),
     "evaluating a base model": (["--num_train_epochs", "0"], "no value head"),
     "a run in output_dir": (["--output_dir", "used"], "already holds metrics.jsonl: pass --resume"),
-    "a model in output_dir": (["--output_dir", "base", "--resume"], "no checkpoint to go on from"),
+    "a model in output_dir": (["--output_dir", "base", "--resume"], "no checkpoint to --resume from"),
     "output_dir below a file": (["--output_dir", "base/config.json/out"], "base/config.json/out"),
     "no config": (["--deepspeed_config", "missing.json"], "missing.json"),
 }  # fmt: skip
@@ -1708,7 +1716,7 @@ def benchmark_pairs(arguments, tokenizer, vocab):
     if arguments.data:
         return train_reward.tokenize(train_reward.read_rows(arguments.data), tokenizer, 512, arguments.data)
     rng, pairs = random.Random(0), []
-    for _ in range(arguments.pairs):  # dialogue-like: p about 120, e - p about 60
+    for _ in range(8 * arguments.pairs):  # dialogue-like: p about 120, e - p about 60
         ids = lambda count: [rng.randrange(10, vocab) for _ in range(count)]
         scale = arguments.length / 180
         prefix, tails = (
@@ -1743,11 +1751,13 @@ def benchmark_steps(arguments):
         backbone = AutoModel.from_config(config, dtype=dtype)
     model = RewardModel(backbone, tokenizer).to(device).train()
     pairs = benchmark_pairs(arguments, tokenizer, backbone.config.vocab_size)
-    random.Random(1).shuffle(pairs)
     fixed, size = max(512, arguments.length * 2), 8
-    pairs = pairs[: arguments.pairs]
-    by_length = sorted(pairs, key=lambda pair: train_reward.cost(pair, model))
     groups = lambda rows: [rows[at : at + size] for at in range(0, len(rows) - size + 1, size)]
+    # Batches of like length over the whole data, and of these some, from short to long; the same pairs in all ways.
+    every = groups(sorted(pairs, key=lambda pair: train_reward.cost(pair, model)))
+    count = min(max(1, arguments.pairs // size), len(every))
+    by_length = [pair for n in range(count) for pair in every[(2 * n + 1) * len(every) // (2 * count)]]
+    pairs = random.Random(1).sample(by_length, len(by_length))
     collate = lambda rows: train_reward.collate(rows, model.PAD_ID, fixed, device)
 
     def step(rows, share, loop=False):

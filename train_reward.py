@@ -7,6 +7,7 @@ Without arguments a small critic learns, offline, to tell Python's reference man
 
 import argparse
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import itertools
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import deepspeed
 import torch
@@ -50,15 +51,20 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model_name_or_path", help="pretrained decoder, folder or hub id (default: one made on the spot)")
-    add("--data_path", nargs="+", help="pairs, .jsonl[.gz] or hub datasets (default: from Python's manual)")
-    add("--eval_path", nargs="+", help="held-out pairs, of a hub dataset the split test")
+    add("--model_name_or_path", help="pretrained decoder, folder or hub id; none: made on the spot")
+    add("--data_path", nargs="+", help="pairs: .jsonl[.gz], hub owner/name; none: Python's manual")
+    add("--eval_path", nargs="+", help="held-out pairs; none: --eval_fraction of the data")
     add("--eval_fraction", type=float, default=0.1, help="share of the prompts to hold out")
     add("--max_seq_len", type=int, default=512, help="tokens; pairs with a longer text are left out")
-    add("--num_train_epochs", type=int, default=1, help="passes over the data; 0 evaluates a trained critic")
+    add(
+        "--num_train_epochs",
+        type=int,
+        default=1,
+        help="passes over the data; 0: only evaluate a trained critic",
+    )
     add("--output_dir", default="output", help="where critic, metrics.jsonl and checkpoints go")
     add("--seed", type=int, default=1234, help="of the fresh head, the order of the data and dropout")
-    add("--num_padding_at_beginning", type=int, help="PADs that begin every text (default: counted)")
+    add("--num_padding_at_beginning", type=int, help="PADs that begin every text; none: counted")
     add("--dropout", type=float, help="overrides every dropout probability of the model")
     add("--compute_fp32_loss", action="store_true", help="value head and loss in float32")
     add("--loss_on", choices=["tokens", "end"], default="tokens", help="the positions that the loss reads")
@@ -185,8 +191,8 @@ def tokenize(
 
     Truncating a pair's end would train on half an answer, so a pair that is too long is left out whole.
     """
-    pairs, left_out, lead = [], Counter(), is_lead()
-    for where, row in tqdm(rows, desc=f"tokenizing {name}", disable=not lead, delay=2):
+    pairs, left_out = [], Counter()
+    for where, row in bar(rows, desc=f"tokenizing {name}", delay=2):
         prompt, *texts = render(where, row, tokenizer)
         # A lone surrogate has no UTF-8, which fast tokenizers need; a chat template has written BOS itself.
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
@@ -203,7 +209,7 @@ def tokenize(
         else:
             divergence = next(t for t, (c, r) in enumerate(itertools.zip_longest(chosen, rejected)) if c != r)
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "divergence": divergence})
-    if lead:
+    if is_lead():
         counts = "".join(f", {count} {reason}" for reason, count in sorted(left_out.items())) or ", none"
         print(f"{name}: {len(pairs)} pairs remain of {len(rows)}; left out{counts}", flush=True)
     return pairs
@@ -289,6 +295,11 @@ def is_lead() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def bar(*args: Any, **kwargs: Any) -> tqdm:
+    """A progress bar on rank 0; in a log file it writes twice a minute only."""
+    return tqdm(*args, disable=not is_lead(), mininterval=0.1 if sys.stderr.isatty() else 30, **kwargs)
+
+
 @torch.no_grad()
 def evaluate(
     engine: deepspeed.DeepSpeedEngine, pairs: list[dict], collate_options: dict[str, Any]
@@ -303,9 +314,7 @@ def evaluate(
     rank, ranks = dist.get_rank(), dist.get_world_size()
     results = torch.zeros(3, len(pairs), dtype=torch.float64, device=engine.device)  # loss, chosen, rejected
     engine.eval()
-    for at in tqdm(
-        range(0, len(batches), ranks), desc="evaluating", disable=not is_lead(), delay=2, leave=False
-    ):
+    for at in bar(range(0, len(batches), ranks), desc="evaluating", delay=2, leave=False):
         # Under ZeRO-3 every rank must take part in every forward: one without a share repeats the last batch.
         mine = batches[min(at + rank, len(batches) - 1)]
         output = engine(**collate([pairs[index] for index in mine], **collate_options))
@@ -336,6 +345,8 @@ def show_examples(
     """Print the scores of a few pairs, so that a reader sees what a reward model does."""
     engine.eval()
     scores = engine(**collate(pairs[:3], **collate_options))
+    if is_lead():
+        print("end scores of held-out pairs, and how the texts end:")
     for index, pair in enumerate(pairs[:3] if is_lead() else []):
         for side in ("chosen", "rejected"):
             text = tokenizer.decode(pair[side], skip_special_tokens=True)[-150:]
@@ -404,7 +415,7 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any]) -> tuple:
                 lambda token: token == tokenizer.pad_token_id, tokenizer("a")["input_ids"]
             )
             args.num_padding_at_beginning = len(list(begins))
-        train_pairs = tokenize(train_rows, tokenizer, args.max_seq_len, "training data")
+        train_pairs = train_rows and tokenize(train_rows, tokenizer, args.max_seq_len, "training data")
         if eval_rows:
             eval_pairs = tokenize(eval_rows, tokenizer, args.max_seq_len, "held-out data")
         else:
@@ -446,15 +457,15 @@ def whole_checkpoints(output_dir: Path) -> list[Path]:
 def find_checkpoint(output_dir: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from. Without `resume` an `output_dir` that holds a run or a model is refused."""
     found = [name for name in ("metrics.jsonl", "checkpoints", "config.json") if (output_dir / name).exists()]
+    checkpoints = whole_checkpoints(output_dir)
+    if "config.json" in found and not checkpoints:
+        raise ValueError(
+            f"--output_dir {output_dir} already holds a model, and no checkpoint to --resume from: pass another"
+        )
     if found and not resume:
         raise ValueError(
             f"--output_dir {output_dir} already holds {', '.join(found)}: pass --resume to go on with that run, "
             "or another --output_dir"
-        )
-    checkpoints = whole_checkpoints(output_dir)
-    if not checkpoints and "config.json" in found:
-        raise ValueError(
-            f"--resume: {output_dir} holds a model, but no checkpoint to go on from: pass another --output_dir"
         )
     return checkpoints[-1] if checkpoints else None
 
@@ -481,11 +492,24 @@ def require_same(checkpoint: Path, decides: dict[str, Any]) -> None:
     changed = [
         name for name in sorted(before.keys() | decides.keys()) if before.get(name) != decides.get(name)
     ]
+    flags = [name for name in changed if name.startswith("--")]
+    if flags:  # which change the split of the data, or the model's config
+        changed = flags + [name for name in changed if name.endswith("DeepSpeed config") or "ranks" in name]
     if changed:
         raise ValueError(
             f"--resume: {', '.join(changed)} changed since {checkpoint} was written: put it back, or start "
             "anew with another --output_dir"
         )
+
+
+def require_alone(file: IO[str]) -> None:
+    """Ranks outlive a launcher that was killed, and would go on writing: one run at a time has the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{file.name}: another run is writing here, end its processes first") from error
+    except OSError:  # a file system without locks
+        pass
 
 
 def save_checkpoint(engine: deepspeed.DeepSpeedEngine, output_dir: Path, decides: dict, **state: Any) -> None:
@@ -509,7 +533,10 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, output_dir: Path, decides
 
 
 def batches(sampler: DistributedLengthGroupedSampler, micro: int, epochs: int):
-    """(epoch, `micro` indices of like length); the order of the batches is shuffled, the same on every rank."""
+    """(epoch, `micro` indices of like length), the same order of lengths on every rank.
+
+    The sampler goes from long to short again and again; shuffled, the batches of a stretch are of all lengths.
+    """
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         indices = list(sampler)
@@ -582,7 +609,9 @@ def main() -> None:
                 f"{args.deepspeed_config}: the data has fewer batches than gradient_accumulation_steps: lower it"
             )
         schedule = ds_config.get("scheduler", {}).get("params", {})
-        if schedule.get("total_num_steps") == "auto":
+        if not total_steps:
+            ds_config.pop("scheduler", None)
+        elif schedule.get("total_num_steps") == "auto":
             schedule["total_num_steps"] = total_steps
         try:
             engine, *_ = deepspeed.initialize(model=model, config=ds_config)
@@ -607,8 +636,9 @@ def main() -> None:
         if is_lead():
             shutil.rmtree(output_dir / "checkpoints" / "unfinished", ignore_errors=True)
             metrics_file = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            require_alone(metrics_file)
             metrics_file.truncate(state["metrics_bytes"])  # lines after the checkpoint will be written again
-    progress = tqdm(total=total_steps, initial=engine.global_steps, desc="training", disable=not is_lead())
+    progress = bar(total=total_steps, initial=engine.global_steps, desc="training")
 
     def log(metrics: dict[str, float | None]) -> None:
         if is_lead():
