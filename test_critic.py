@@ -447,7 +447,7 @@ def test_gradient_checkpointing_changes_no_gradient(tokenizer):
 rows_of_ids = st.lists(st.integers(0, 5), min_size=1, max_size=12)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.integers(1, 2).flatmap(lambda B: st.lists(rows_of_ids, min_size=2 * B, max_size=2 * B)),
     prefix=st.lists(st.integers(0, 5), max_size=40),
@@ -1223,6 +1223,28 @@ def test_loop_a_killed_run_resumes_to_the_same_bits(stage, training, trained, tm
     checkpoints = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert [name for name in checkpoints if name.startswith("step")] == ["step-000000010", "step-000000012"]
     assert "unfinished" not in checkpoints
+
+
+def test_loop_a_rank_that_dies_in_evaluation_ends_the_run(training, tmp_path):
+    output = tmp_path / "out"  # metrics.jsonl is made before the first evaluation, and written after it
+    started = lambda out: (out / "metrics.jsonl").exists()
+    assert run_and_kill(training(output), output, started, (1,), tmp_path / "log") != 0
+    assert not read_whole_lines(output) and not (output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("interval", ["2", "0"])
+def test_loop_a_full_disk_ends_the_run_with_the_folders_name(interval, training, tmp_path):
+    """As if 50 kB were left: a checkpoint, or the critic at the end, cannot be written by rank 0."""
+    output, port = tmp_path / "out", free_port()
+    run = subprocess.run(
+        command_line(HERE / "train_reward.py", *training(output), "--save_interval", interval, port=port), text=True, check=False,
+        env=surroundings(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )  # fmt: skip
+    forget(port)
+    assert run.returncode != 0 and not (output / "model.safetensors").exists()
+    place = "out/checkpoints: a checkpoint cannot be written" if interval == "2" else "out cannot be written"
+    assert f"{place}" in run.stdout, run.stdout[-3000:]
 
 
 def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
