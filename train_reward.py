@@ -634,9 +634,9 @@ def main() -> None:
     with told_plainly():
         output_dir.mkdir(parents=True, exist_ok=True)
         if is_lead():
-            shutil.rmtree(output_dir / "checkpoints" / "unfinished", ignore_errors=True)
             metrics_file = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
             require_alone(metrics_file)
+            shutil.rmtree(output_dir / "checkpoints" / "unfinished", ignore_errors=True)
             metrics_file.truncate(state["metrics_bytes"])  # lines after the checkpoint will be written again
     progress = bar(total=total_steps, initial=engine.global_steps, desc="training")
 
