@@ -807,8 +807,10 @@ def test_a_save_replaces_older_weights_of_any_form(tokenizer, tmp_path):
     assert sorted(file.name for file in folder.glob("*model*")) == ["model.safetensors"]
     assert not (folder / ".writing").exists()
     talker = copy.deepcopy(tokenizer)
-    talker.chat_template = "{{ messages }}"
+    talker.chat_template, talker.padding_side = "{{ messages }}", "left"
     save_critic_model(model, talker, folder)
+    saved = AutoTokenizer.from_pretrained(folder)
+    assert (saved.padding_side, saved.pad_token_id, saved.chat_template) == ("left", PAD, "{{ messages }}")
     mine = {"modeling_mine.py", "model_card.md"}
     for name in mine:
         (folder / name).write_text("mine")
@@ -1228,7 +1230,9 @@ def test_loop_a_killed_run_resumes_to_the_same_bits(stage, training, trained, tm
 def test_loop_a_rank_that_dies_in_evaluation_ends_the_run(training, tmp_path):
     output = tmp_path / "out"  # metrics.jsonl is made before the first evaluation, and written after it
     started = lambda out: (out / "metrics.jsonl").exists()
-    assert run_and_kill(training(output), output, started, (1,), tmp_path / "log") != 0
+    many = write_rows(tmp_path / "many.jsonl", make_pairs(2000, seed=3))
+    arguments = [*training(output), "--eval_path", many]
+    assert run_and_kill(arguments, output, started, (1,), tmp_path / "log") != 0
     assert not read_whole_lines(output) and not (output / "model.safetensors").exists()
 
 
