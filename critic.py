@@ -748,6 +748,7 @@ def save_critic_model(
         try:
             shutil.rmtree(beside, ignore_errors=True)
             shell.save_pretrained(beside, state_dict=state)
+            tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else one set later is not saved
             tokenizer.save_pretrained(beside)
             new = sorted(beside.iterdir(), key=lambda file: (".safetensors" in file.name, file.name))
             for file in new:
