@@ -96,7 +96,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_rows(path: str, split: str = "train") -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a .jsonl or .jsonl.gz file, or of a hub dataset's split, each with the place it came from."""
+    """The rows of a .jsonl or .jsonl.gz file, or of a hub dataset's split, each with where it came from."""
     if (
         re.fullmatch(r"[\w.-]+/[\w.-]+", path)
         and not path.endswith((".jsonl", ".gz"))
@@ -187,7 +187,7 @@ def render(where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
 def tokenize(
     rows: list[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, max_seq_len: int, name: str
 ) -> list[dict[str, Any]]:
-    """Pairs of token ids, each text with EOS at its end, and the divergence; unfit pairs are left out and counted.
+    """Pairs of token ids, each text ending with EOS, and the divergence; unfit pairs are left out and counted.
 
     Truncating a pair's end would train on half an answer, so a pair that is too long is left out whole.
     """
@@ -455,7 +455,7 @@ def whole_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from. Without `resume` an `output_dir` that holds a run or a model is refused."""
+    """The checkpoint to go on from. Without `resume` an `output_dir` that holds a run is refused."""
     found = [name for name in ("metrics.jsonl", "checkpoints", "config.json") if (output_dir / name).exists()]
     checkpoints = whole_checkpoints(output_dir)
     if "config.json" in found and not checkpoints:
