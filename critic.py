@@ -93,16 +93,19 @@ def rotate(rows: Tensor, columns: Tensor) -> Tensor:
     return rows[torch.arange(len(rows), device=rows.device)[:, None], columns]
 
 
-def rope_moves(config: PretrainedConfig) -> bool:
-    """Whether the rotary embedding of one token depends on how far the row, with its padding, goes."""
+def length_matters(config: PretrainedConfig, longest: int) -> bool:
+    """Whether columns beyond its content change a row of `longest` tokens, or what its padding sees."""
+    if longest > (getattr(config, "sliding_window", None) or longest):
+        return True  # a padding column may see no key at all
+    # These rotary embeddings of one token change with the longest position of its row.
     rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
     return "dynamic" in rope or "longrope" in rope
 
 
 def row_columns(config: PretrainedConfig, longest: int, T: int) -> int:
     """E: how many of T columns to compute when the longest row has `longest` tokens."""
-    if rope_moves(config) or longest > (getattr(config, "sliding_window", None) or longest):
-        return longest  # a padding column more would change the others, or see no key at all
+    if length_matters(config, longest):
+        return longest
     positions = getattr(config, "max_position_embeddings", None) or T  # padding may not go beyond the last
     return max(longest, min(round_up(longest), T, positions))
 
@@ -119,10 +122,8 @@ def can_share_prefix(config: PretrainedConfig, longest: int, columns: int) -> bo
         return False  # flash and flex kernels refuse a 4-D mask
     if getattr(config, "alibi", False):
         return False  # Falcon's ALiBi counts columns, not positions
-    if longest > (getattr(config, "sliding_window", None) or longest):
-        return False  # our mask replaces the layer's own, which would have cut older tokens off
-    if rope_moves(config):
-        return False  # one row goes further than two do
+    if length_matters(config, longest):
+        return False  # our mask replaces the layer's own, which cuts old tokens off; one row goes further than two
     # Older versions of these keep a triangular buffer of that many columns.
     if config.model_type in ("gpt2", "gptj", "gpt_bigcode") and columns > config.max_position_embeddings:
         return False
@@ -556,13 +557,18 @@ def zero3_init(ds_config: dict[str, Any]):
         unset_hf_deepspeed_config()
 
 
+def head_names(config: PretrainedConfig) -> list[str]:
+    """What DeepSpeed-Chat, transformers and OpenRLHF call the value head's weight."""
+    return ["v_head.weight", "score.weight", f"{getattr(config, 'value_head_prefix', 'score')}.weight"]
+
+
 def find_head(path: str, config: PretrainedConfig, keys: dict[str, tuple[str, torch.Size]]) -> str:
-    """The value head's name in a reward checkpoint: DeepSpeed-Chat's, transformers', or OpenRLHF's.
+    """The value head's name in a reward checkpoint.
 
     Raises:
         ValueError: no head, as in a base model (DeepSpeedExamples #376), or one with several outputs.
     """
-    names = ("v_head.weight", "score.weight", f"{getattr(config, 'value_head_prefix', 'score')}.weight")
+    names = head_names(config)
     name = next((name for name in names if name in keys), None)
     if name is None:
         raise ValueError(
@@ -639,7 +645,7 @@ def create_critic_model(
             f"the tokenizer has {len(tokenizer)} tokens, the checkpoint {config.vocab_size}: use the tokenizer "
             f"saved in {model_name_or_path}"
         )
-    if not rlhf_training and {"v_head.weight", "score.weight"} & keys.keys():
+    if not rlhf_training and keys.keys() & head_names(config):
         warnings.warn(
             f"{model_name_or_path} has a head, which a fresh one replaces: rlhf_training=True keeps it"
         )
@@ -723,27 +729,21 @@ def save_critic_model(
     if writes:
         config = copy.deepcopy(model.config)
         config.num_labels, config.pad_token_id = 1, model.PAD_ID
-        with torch.device("meta"):  # the shells know names, shards and config, and hold no data
-            shell = AutoModel.from_config(config)
+        theirs = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+        with torch.device("meta"):  # a shell knows names, shards and config, and holds no data
+            shell = theirs(config) if theirs else AutoModel.from_config(config)
             prefix = f"{shell.base_model_prefix or 'model'}."
-            if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-                theirs = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)](config)
-                prefix = f"{theirs.base_model_prefix or 'model'}."
-        state = {
-            name.replace("rwtransformer.", prefix, 1).replace("v_head.", "score.", 1): value
-            for name, value in state.items()
-        }
-        if (
-            type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-            and theirs.state_dict().keys() == state.keys()
-        ):
-            shell = theirs
-        else:
-            warnings.warn(
-                f"transformers has no sequence classification with one linear head for {config.model_type}: "
-                "only create_critic_model(..., rlhf_training=True) will load what is written"
-            )
-        shell.to(state["score.weight"].dtype)
+            state = {
+                name.replace("rwtransformer.", prefix, 1).replace("v_head.", "score.", 1): value
+                for name, value in state.items()
+            }
+            if not theirs or shell.state_dict().keys() != state.keys():
+                shell = AutoModel.from_config(config)
+                warnings.warn(
+                    f"transformers has no sequence classification with one linear head for {config.model_type}: "
+                    "only create_critic_model(..., rlhf_training=True) will load what is written"
+                )
+            shell.to(state["score.weight"].dtype)
         final, beside = Path(output_dir), Path(output_dir, ".writing")
         try:
             shutil.rmtree(beside, ignore_errors=True)

@@ -250,9 +250,8 @@ def collate(
 def demonstration(folder: str, seed: int) -> tuple[list, list]:
     """Write a small untrained Llama and its tokenizer to `folder`; return (training, held-out) rows.
 
-    A pair is a passage of the reference manual, and the same with the letters of every fourth word of its
-    second part shuffled.
-    The held-out topics are ones that neither the model nor the tokenizer has seen.
+    A pair is a passage of the reference manual, and the same with the letters of every fourth word or so of
+    its second part shuffled. The held-out topics are ones that neither the model nor the tokenizer has seen.
     """
     from pydoc_data.topics import topics
 
@@ -345,9 +344,10 @@ def show_examples(
     """Print the scores of a few pairs, so that a reader sees what a reward model does."""
     engine.eval()
     scores = engine(**collate(pairs[:3], **collate_options))
-    if is_lead():
-        print("end scores of held-out pairs, and how the texts end:")
-    for index, pair in enumerate(pairs[:3] if is_lead() else []):
+    if not is_lead():
+        return
+    print("end scores of held-out pairs, and how the texts end:")
+    for index, pair in enumerate(pairs[:3]):
         for side in ("chosen", "rejected"):
             text = tokenizer.decode(pair[side], skip_special_tokens=True)[-150:]
             print(f"{scores[f'{side}_mean_scores'][index].item():+8.3f} {side:8s} ...{text!r}")
@@ -594,9 +594,10 @@ def main() -> None:
         if args.num_train_epochs:
             checkpoint = find_checkpoint(output_dir, args.resume)
         tokenizer, model, train_pairs, eval_pairs = prepare(args, ds_config)
-        decides = what_decides(
-            args, ds_config, model, {"the training data": train_pairs, "the held-out data": eval_pairs}
-        )
+        decides = {}
+        if checkpoint is not None or args.save_interval:
+            data = {"the training data": train_pairs, "the held-out data": eval_pairs}
+            decides = what_decides(args, ds_config, model, data)
         if checkpoint is not None:
             require_same(checkpoint, decides)
         sampler = DistributedLengthGroupedSampler(
@@ -617,13 +618,17 @@ def main() -> None:
             engine, *_ = deepspeed.initialize(model=model, config=ds_config)
         except Exception as error:  # assertions and type errors of its own
             raise ValueError(f"{args.deepspeed_config}: DeepSpeed refuses it, mend it ({error})") from error
-    on_device = {"pad_id": tokenizer.pad_token_id, "max_seq_len": args.max_seq_len, "device": engine.device}
+    collate_options = {
+        "pad_id": tokenizer.pad_token_id,
+        "max_seq_len": args.max_seq_len,
+        "device": engine.device,
+    }
 
     if not args.num_train_epochs:
-        metrics = evaluate(engine, eval_pairs, on_device)
+        metrics = evaluate(engine, eval_pairs, collate_options)
         if is_lead():
             print(json.dumps(metrics))
-        show_examples(engine, tokenizer, eval_pairs, on_device)
+        show_examples(engine, tokenizer, eval_pairs, collate_options)
         dist.destroy_process_group()
         return
 
@@ -650,7 +655,7 @@ def main() -> None:
             engine.monitor.write_events(known)
 
     def log_evaluation() -> None:
-        metrics = evaluate(engine, eval_pairs, on_device)
+        metrics = evaluate(engine, eval_pairs, collate_options)
         log(metrics)
         if is_lead():
             line = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -666,7 +671,7 @@ def main() -> None:
     for number, (epoch, indices) in itertools.islice(upcoming, done, total_steps * accumulation):
         # Dropout depends on seed, batch and rank alone: a resumed run draws what the first would have drawn.
         torch.manual_seed(args.seed + number * ranks + rank)
-        batch = collate([train_pairs[index] for index in indices], **on_device)
+        batch = collate([train_pairs[index] for index in indices], **collate_options)
         output = engine(**batch)
         loss, margin = output["loss"], output["chosen_mean_scores"] - output["rejected_mean_scores"]
         tokens = batch["attention_mask"].sum()
@@ -715,7 +720,7 @@ def main() -> None:
         save_critic_model(engine, tokenizer, output_dir)
     if is_lead():
         print(f"critic saved: load it with create_critic_model({str(output_dir)!r}, ..., rlhf_training=True)")
-    show_examples(engine, tokenizer, eval_pairs, on_device)
+    show_examples(engine, tokenizer, eval_pairs, collate_options)
     dist.destroy_process_group()
 
 
