@@ -28,6 +28,8 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     PretrainedConfig,
@@ -46,7 +48,8 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-ROW_MULTIPLE = 32  # row lengths are rounded up to it: kernels and allocator meet few shapes
+ATTEND_IN_TWO_ROWS = "attend_in_two_rows"  # the attention implementation below, in transformers' registry
+ROW_MULTIPLE = 16  # row lengths are rounded up to it: kernels and allocator meet few shapes
 
 # Families for which a pair in one row was measured equal to two rows (test_critic.py): their layers add a 4-D
 # mask as it is given and take `position_ids`. Not among them: ALiBi (BLOOM, MPT: no position_ids), local or
@@ -118,7 +121,7 @@ def can_share_prefix(config: PretrainedConfig, longest: int, columns: int) -> bo
     """
     if config.model_type not in SHARED_PREFIX_FAMILIES:
         return False  # not measured: see the list
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", ATTEND_IN_TWO_ROWS):
         return False  # flash and flex kernels refuse a 4-D mask
     if getattr(config, "alibi", False):
         return False  # Falcon's ALiBi counts columns, not positions
@@ -127,22 +130,18 @@ def can_share_prefix(config: PretrainedConfig, longest: int, columns: int) -> bo
     # Older versions of these keep a triangular buffer of that many columns.
     if config.model_type in ("gpt2", "gptj", "gpt_bigcode") and columns > config.max_position_embeddings:
         return False
-    # Worth it? A token costs about 6H in a layer's products and 2 a column of its row in attention under a
-    # dense mask (as measured; below by half): a long row with a short prefix loses there what it saves.
+    # Worth it? Attention over the columns of two rows costs the same either way, and the copying 2 to 4%.
     H, E = config.hidden_size, round_up(longest)
-    one_row, two_rows = columns * (3 * H + columns), 2 * E * (3 * H + E)
-    return one_row < two_rows
+    if config._attn_implementation == ATTEND_IN_TWO_ROWS:
+        return columns < 0.95 * 2 * E
+    # Under a W x W mask a token costs about 6H in a layer's products and 2 a column of its row (as measured;
+    # below by half): a long row with a short prefix loses there what it saves.
+    return columns * (3 * H + columns) < 2 * E * (3 * H + E)
 
 
 def pair_in_one_row(
-    ids: Tensor,
-    mask: Tensor | None,
-    positions: Tensor,
-    divergence: Tensor,
-    tail: Tensor,
-    W: int,
-    dtype: torch.dtype,
-) -> tuple[dict[str, Tensor], Tensor]:
+    backbone: PreTrainedModel, ids: Tensor, mask: Tensor | None, divergence: Tensor, tail: Tensor, W: int
+) -> tuple[dict[str, Any], Tensor]:
     """Lay each pair out as `prefix | chosen tail | rejected tail`, so that the prompt is computed once.
 
     In a causal model the hidden states of the common prefix are the same in both rows, and the loss reads
@@ -157,36 +156,96 @@ def pair_in_one_row(
                y           # # . . # #     3   and its positions go on from the prefix
 
     Args:
-        ids, positions, mask (2B, E): aligned at column 0; where the mask is 0 a token is no key.
+        ids, mask (2B, E): aligned at column 0, without holes; padding is no key where there is a mask.
         divergence (B,): tokens of the prefix. tail (2B,): tokens of each row from there on.
 
     Returns:
         The backbone's arguments for B rows of W columns, and (2B, E): the column of each row's token t.
     """
-    E = ids.size(1)
+    B, E = len(divergence), ids.size(1)
     t = torch.arange(E, device=ids.device)
     prefix, chosen_tail, rejected_tail = divergence[:, None], *tail[:, None].chunk(2)  # (B, 1) each
-    column = torch.arange(W, device=ids.device).expand(len(prefix), W)  # (B, W)
+    column = torch.arange(W, device=ids.device).expand(B, W)
     in_rejected = column >= prefix + chosen_tail
     filler = column >= prefix + chosen_tail + rejected_tail
-    # Where a column's token lies in `chosen row | rejected row`, (B, 2E).
-    source = (column - in_rejected * chosen_tail).clamp(max=E - 1) + in_rejected * E
+    # Which row's which token a column holds: into the pair's `chosen row | rejected row`, (B, 2E); and back.
+    token = (column - in_rejected * chosen_tail).clamp(max=E - 1)
+    source = token + in_rejected * E
+    moved = torch.where(t >= prefix, t + chosen_tail, t)
+    moved = torch.cat([t.expand_as(moved), moved]).clamp(max=W - 1)  # (2B, E)
 
     def lay_out(rows: Tensor, fill: int) -> Tensor:
         return torch.cat(rows.chunk(2), 1).gather(1, source).masked_fill(filler, fill)  # (2B, E) -> (B, W)
 
-    in_chosen_tail = (column >= prefix) & ~in_rejected
-    hidden = in_rejected[:, :, None] & in_chosen_tail[:, None, :]  # (B, query, key)
-    seen = (column[:, :, None] >= column[:, None, :]) & ~hidden
-    if mask is not None:
-        seen &= lay_out(mask, False)[:, None, :]
-    # Additive and in the backbone's dtype, made once: sdpa would turn a boolean mask into this in every
-    # layer, and eager attention adds what it is given.
-    additive = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-    additive = additive[:, None]  # (B, 1, W, W)
-    inputs = {"input_ids": lay_out(ids, 0), "position_ids": lay_out(positions, 0), "attention_mask": additive}
-    moved = torch.where(t >= prefix, t + chosen_tail, t)  # (B, E)
-    return inputs, torch.cat([t.expand_as(moved), moved]).clamp(max=W - 1)
+    positions = t.expand_as(ids)
+    if mask is not None and backbone.config.model_type == "opt":
+        positions = mask.cumsum(1) * mask - 1  # OPT alone derives them from the mask: padding gets -1
+    inputs = {"input_ids": lay_out(ids, 0), "position_ids": lay_out(positions, 0)}
+    in_two_rows = backbone.config._attn_implementation == ATTEND_IN_TWO_ROWS
+    if in_two_rows:
+        pair = torch.arange(B, device=ids.device)[:, None]
+        to_rows = moved + W * pair.repeat(2, 1)  # (2B, E), indices into B W columns
+        to_pairs = token + E * (pair + B * in_rejected)  # (B, W), indices into 2B E tokens
+        seen = None if mask is None else (t[:, None] >= t) & mask[:, None, :]  # (2B, query, key)
+    else:
+        in_chosen_tail = (column >= prefix) & ~in_rejected
+        hidden = in_rejected[:, :, None] & in_chosen_tail[:, None, :]  # (B, query, key)
+        seen = (column[:, :, None] >= column[:, None, :]) & ~hidden
+        if mask is not None:
+            seen &= lay_out(mask, False)[:, None, :]
+    additive = None
+    if seen is not None:
+        # In the backbone's dtype, made once: sdpa would turn a boolean mask into this in every layer, and
+        # eager attention adds what it is given.
+        additive = torch.zeros_like(seen, dtype=backbone.dtype)
+        additive = additive.masked_fill_(~seen, torch.finfo(backbone.dtype).min)[:, None]
+    if not in_two_rows:
+        return inputs | {"attention_mask": additive}, moved
+    # 4-D, so that the backbone makes no mask of its own; sdpa refuses integers, should one drop `two_rows`.
+    unread = ids.new_ones(1, 1, 1, 1)
+    return inputs | {"attention_mask": unread, "two_rows": (to_rows, to_pairs, additive)}, moved
+
+
+def attend_in_two_rows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    two_rows: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa, but a pair in one row attends as its two rows: the same sums without the dead blocks.
+
+    Under the W x W mask of `pair_in_one_row` a kernel computes what the mask hides: (2e - p)^2 products a
+    pair, where two rows of e need 2 e^2. So everything that works a token at a time, which is all else in a
+    layer, runs on the pair's W columns, and for attention alone the columns are copied to where two rows have
+    them, and back.
+
+    Args:
+        query, key, value (B, heads, W, D), position embeddings applied. Without `two_rows` rows of any kind.
+        two_rows: (2B, E) and (B, W), indices into all columns and into all rows, flat; the rows' additive mask
+            (2B, 1, E, E), or None where nothing but causality hides a key.
+
+    Returns:
+        (B, W, heads, D), and None for the attention weights.
+    """
+    sdpa = AttentionInterface()["sdpa"]
+    if two_rows is None:
+        return sdpa(module, query, key, value, attention_mask, **options)
+    to_rows, to_pairs, mask = two_rows
+
+    def copied(x: Tensor, index: Tensor) -> Tensor:  # x (rows, columns, heads, D)
+        return x.flatten(2).flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
+
+    query, key, value = (copied(x.transpose(1, 2), to_rows).transpose(1, 2) for x in (query, key, value))
+    options["is_causal"] = mask is None
+    attended, _ = sdpa(module, query, key, value, mask, **options)  # (2B, E, heads, D)
+    return copied(attended, to_pairs), None
+
+
+AttentionInterface.register(ATTEND_IN_TWO_ROWS, attend_in_two_rows)
+AttentionMaskInterface.register(ATTEND_IN_TWO_ROWS, AttentionMaskInterface()["sdpa"])
 
 
 def ranking_loss(rewards: Tensor, length: Tensor, divergence: Tensor, loss_on: str) -> tuple[Tensor, Tensor]:
@@ -278,6 +337,11 @@ class RewardModel(nn.Module):
         self.compute_fp32_loss = compute_fp32_loss
         self.loss_on = "tokens"
         self.share_prefix = True
+        backend = self.config.model_type in SHARED_PREFIX_FAMILIES and getattr(
+            base_model, "_supports_attention_backend", False
+        )
+        if backend and self.config._attn_implementation == "sdpa":
+            base_model.set_attn_implementation(ATTEND_IN_TWO_ROWS)  # sdpa where a pair is two rows anyway
         self.rwtransformer = base_model
         self.v_head = ValueHead(width, compute_fp32_loss, dtype=base_model.dtype, device=base_model.device)
 
@@ -332,24 +396,21 @@ class RewardModel(nn.Module):
         differs = (chosen != rejected) | (t >= shorter[:, None])  # (B, T)
         divergence = torch.where(differs.any(1), differs.int().argmax(1), T)  # (B,)
         tail = (longer.repeat(2) if self.loss_on == "tokens" else length) - divergence.repeat(2)  # (2B,)
-        masks_agree = torch.ones((), dtype=torch.bool, device=ids.device)
-        if mask is not None:  # masks with holes may differ where the ids do not: no common prefix then
-            masks_agree = (torch.eq(*mask.chunk(2)) | (t >= divergence[:, None])).all()
+        whole = torch.ones((), dtype=torch.bool, device=ids.device)  # no holes in the mask
+        if mask is not None:
+            whole = (mask == (t < length[:, None])).all()
         # The one device-to-host sync: what the shapes below depend on, and whether a row is empty.
         pair_tokens = divergence + tail.view(2, -1).sum(0)  # (B,)
-        facts = longer.max(), pair_tokens.max(), length.min(), length.argmin(), masks_agree.long()
-        longest, pair_tokens, least, least_row, masks_agree = torch.stack(facts).tolist()
+        facts = longer.max(), pair_tokens.max(), length.min(), length.argmin(), whole.long()
+        longest, pair_tokens, least, least_row, whole = torch.stack(facts).tolist()
         self._require_content(least, least_row)
 
         E, W = row_columns(self.config, longest, T), round_up(pair_tokens)
         ids, mask = ids[:, :E], None if mask is None else mask[:, :E]
-        if self.share_prefix and not options and masks_agree and can_share_prefix(self.config, longest, W):
-            positions = t[:E].expand_as(ids)
-            # OPT alone derives positions from the mask: padding gets -1.
-            if mask is not None and self.config.model_type == "opt":
-                positions = mask.cumsum(1) * mask - 1
-            dtype = self.rwtransformer.dtype
-            inputs, moved = pair_in_one_row(ids, mask, positions, divergence, tail, W, dtype)
+        if self.share_prefix and not options and whole and can_share_prefix(self.config, longest, W):
+            if self.loss_on == "end":
+                mask = None  # it hides padding, which comes last, from padding alone, and nothing reads that
+            inputs, moved = pair_in_one_row(self.rwtransformer, ids, mask, divergence, tail, W)
             rewards = self._rewards(use_cache=use_cache, **inputs)  # (B, W)
             rewards = rewards.repeat(2, 1).gather(1, moved)  # (2B, E)
         else:

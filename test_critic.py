@@ -240,7 +240,7 @@ def test_loss_scores_and_gradients_equal_the_plain_loop(name, loss_on, tokenizer
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_pair_in_one_row_runs_where_it_is_equal_and_only_there(
-    name, attention, loss_on, masked, tokenizer
+    name, attention, loss_on, masked, tokenizer, monkeypatch
 ):
     if attention == "sdpa" and not AutoModel.from_config(make_config(name))._supports_sdpa:
         attention = "eager"
@@ -252,6 +252,12 @@ def test_the_pair_in_one_row_runs_where_it_is_equal_and_only_there(
     shapes = []
     model.rwtransformer.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    sdpa, widths = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda query, *args, **kwargs: widths.append(query.size(2)) or sdpa(query, *args, **kwargs),
     )
     results = []
     for model.share_prefix in (True, False):
@@ -268,6 +274,10 @@ def test_the_pair_in_one_row_runs_where_it_is_equal_and_only_there(
     assert shapes[0][0] == (3 if FAMILIES[name][2] else 6)
     if FAMILIES[name][2]:  # p + 2 (e - p) tokens of the longest pair, rounded up
         assert shapes[0][1] <= critic.round_up(70 + 2 * 23)
+        if attention == "sdpa":  # attention over the columns of two rows, where the family lets it be given
+            dense = model.config._attn_implementation == "sdpa"
+            assert not dense or name in ("gptj", "falcon", "stablelm", "gpt_bigcode")
+            assert shapes[1][1] < shapes[0][1] and set(widths) == {shapes[1][1], shapes[dense - 1][1]}
 
 
 @pytest.mark.parametrize("fp32", [True, False])
@@ -293,6 +303,8 @@ def test_what_else_keeps_a_pair_in_two_rows():
     # Measured, two rows against one: 1.53, 1.24, and 0.71 times as long.
     assert critic.can_share_prefix(config, 48, 64) and critic.can_share_prefix(config, 80, 128)
     assert not critic.can_share_prefix(config, 1040, 2048)
+    config._attn_implementation = critic.ATTEND_IN_TWO_ROWS
+    assert critic.can_share_prefix(config, 1040, 1920) and not critic.can_share_prefix(config, 1040, 2112)
     config._attn_implementation = "flash_attention_2"
     assert not critic.can_share_prefix(config, 64, 96)
 
