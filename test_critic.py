@@ -549,7 +549,7 @@ def test_bad_calls_say_what_is_wrong(call, tokenizer):
         run(make_model("llama", tokenizer))
 
 
-def test_forward_makes_at_most_one_sync_and_no_loop(tokenizer, monkeypatch):
+def test_forward_makes_at_most_one_sync(tokenizer, monkeypatch):
     model = make_model("llama", tokenizer)
     ids, mask = pad_rows(random_pairs(2, B=6))
     calls = []
@@ -561,7 +561,7 @@ def test_forward_makes_at_most_one_sync_and_no_loop(tokenizer, monkeypatch):
     for share in (True, False):
         model.share_prefix = share
         model.rwtransformer.forward = (
-            lambda input_ids=None, attention_mask=None, position_ids=None, use_cache=None: (
+            lambda input_ids=None, attention_mask=None, position_ids=None, use_cache=None, two_rows=None: (
                 torch.zeros(*input_ids.shape, 32),
             )
         )
