@@ -2,12 +2,14 @@
 """What critic.py and train_reward.py promise, checked offline on a CPU: `pytest`. As a program: the benchmark.
 
 `reference_*` are the plain, slow meaning of the rules, a loop over rows and tokens; the tests compare with them.
+From the model to its loop to the loop's faults; `pytest -k "not loop"` is critic.py alone, without deepspeed.
 """
 
 import argparse
 import copy
 import ctypes
 import fcntl
+import functools
 import gzip
 import itertools
 import json
@@ -33,13 +35,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import critic
 from critic import RewardModel, create_critic_model, save_critic_model
@@ -50,48 +46,48 @@ PAD, VOCAB = 0, 96
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
 
 SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "max_position_embeddings": 256,
-}
+}  # fmt: skip
 GATED = SIZES | {"intermediate_size": 48, "num_key_value_heads": 1, "pad_token_id": PAD}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
-# name: (model_type, config, shares the prefix)
+MOE = GATED | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+# name: (model_type, config, whether each token is computed once)
 FAMILIES = {
     "opt": ("opt", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": PAD}, True),
     "opt-350m": ("opt", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16, "pad_token_id": PAD}, True),
     "gpt2": ("gpt2", GPT2, True),
-    "gptj": ("gptj", GPT2 | {"rotary_dim": 8}, True),
+    "gptj": ("gptj", GPT2 | {"rotary_dim": 8}, False),
     "gpt_neo": ("gpt_neo", {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8, "max_position_embeddings": 256}, False),
     "gpt_neox": ("gpt_neox", SIZES | {"intermediate_size": 48}, True),
     "gpt_bigcode": ("gpt_bigcode", GPT2, True),
     "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2}, False),
     "mpt": ("mpt", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 256}, False),
-    "falcon": ("falcon", SIZES | {"alibi": False}, True),
+    "falcon": ("falcon", SIZES | {"alibi": False}, False),
     "falcon-alibi": ("falcon", SIZES | {"alibi": True}, False),
     "llama": ("llama", GATED, True),
+    "llama-dynamic": ("llama", GATED | {"max_position_embeddings": 24, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, True),
     "mistral": ("mistral", GATED | {"sliding_window": None}, True),
-    "mistral-window": ("mistral", GATED | {"sliding_window": 8}, False),
+    "mistral-window": ("mistral", GATED | {"sliding_window": 8}, True),
     "mixtral": ("mixtral", GATED | {"num_local_experts": 2, "sliding_window": None}, True),
     "qwen2": ("qwen2", GATED, True),
-    "qwen2_moe": ("qwen2_moe", GATED | {"num_experts": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts_per_tok": 1}, False),
+    "qwen2_moe": ("qwen2_moe", MOE | {"num_experts": 2, "num_experts_per_tok": 1}, True),
     "qwen3": ("qwen3", GATED | {"head_dim": 16}, True),
-    "qwen3_next": ("qwen3_next", GATED | {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}, False),
+    "qwen3_next": ("qwen3_next", MOE | {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}, False),
     "gemma": ("gemma", GATED | {"head_dim": 16}, True),
-    "gemma2": ("gemma2", GATED | {"head_dim": 16, "sliding_window": 256}, True),
+    "gemma2": ("gemma2", GATED | {"head_dim": 16, "sliding_window": 256}, False),
     "gemma2-window": ("gemma2", GATED | {"head_dim": 16, "sliding_window": 8}, False),
     "gemma3": ("gemma3_text", GATED | {"head_dim": 16, "sliding_window": 256}, True),
-    "gemma3-window": ("gemma3_text", GATED | {"head_dim": 16, "sliding_window": 8}, False),
+    "gemma3-window": ("gemma3_text", GATED | {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, True),
     "phi": ("phi", SIZES | {"intermediate_size": 48}, True),
     "phi3": ("phi3", GATED, True),
-    "stablelm": ("stablelm", GATED, True),
+    "phi3-window": ("phi3", GATED | {"sliding_window": 8}, True),
+    "stablelm": ("stablelm", GATED, False),
     "olmo2": ("olmo2", GATED, True),
-    "starcoder2": ("starcoder2", GATED, True),
-    "deepseek_v3": ("deepseek_v3", GATED | {"num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}, False),
-    "granite": ("granite", GATED, False),
-    "cohere": ("cohere", GATED, False),
+    "starcoder2": ("starcoder2", GATED | {"sliding_window": 8}, True),
+    "deepseek_v3": ("deepseek_v3", MOE | {"num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}, True),
+    "granite": ("granite", GATED, True),
+    "cohere": ("cohere", GATED, True),
 }  # fmt: skip
 PLAIN = ["opt", "opt-350m", "llama", "gpt2", "gpt_neox", "bloom", "qwen3"]
 
@@ -104,20 +100,19 @@ def tokenizer():
     words = ["<pad>", "<eos>", "<unk>"] + [f"w{index}" for index in range(VOCAB - 11)]
     raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **special)
 
 
 def make_config(name, **overrides):
-    model_type, settings_, _ = FAMILIES[name]
-    return AutoConfig.for_model(model_type, **settings_ | overrides)
+    model_type, config, _ = FAMILIES[name]
+    return AutoConfig.for_model(model_type, **config | overrides)
 
 
-def make_backbone(name, attention=None, seed=0, **overrides):
+def make_backbone(name, attention=None, seed=0, dropout=0.0, **overrides):
     torch.manual_seed(seed)
     config = make_config(name, **overrides)
-    critic.override_dropout(config, 0.0)
+    critic.override_dropout(config, dropout)
     model = AutoModel.from_config(config, **({"attn_implementation": attention} if attention else {}))
     with torch.no_grad():  # at the library's initial scale all scores are nearly equal
         for parameter in model.parameters():
@@ -132,33 +127,47 @@ def make_model(name, tokenizer, attention=None, n=0, fp32=False, **overrides):
     return model
 
 
-def random_pairs(seed, B=3, longest=28, shared=True):
-    """2B rows of content ids, none of them PAD: pairs with a common prefix of any length, p = 0 included."""
-    random_ = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: int(torch.randint(low, high, (), generator=random_))
-    ids = lambda count: torch.randint(2, VOCAB - 8, (count,), generator=random_).tolist()
-    chosen, rejected = [], []
-    for _ in range(B):
-        prefix = ids(draw(0, longest - 8)) if shared else []
-        chosen.append(prefix + ids(draw(1, longest - len(prefix))))
-        rejected.append(prefix + ids(draw(1, longest - len(prefix))))
-    return chosen + rejected
+def random_rows(seed, B=3, longest=28, pads=True):
+    """2B rows that begin alike in every way: answers to one prompt, three levels of turns, a row that is
+    another's beginning or its twin, one token, PAD inside. The first and the last token are content."""
+    rng = random.Random(seed)
+    ids = lambda low, high: [rng.randrange(2, VOCAB - 8) for _ in range(rng.randint(low, high))]
+    turns = list(itertools.accumulate([[], ids(1, 9), ids(1, 6), ids(1, 4)]))
+    rows = []
+    for _ in range(2 * B):
+        row = rng.choice(turns) + ids(1, longest - len(turns[-1]))
+        if rows and rng.random() < 0.3:
+            row = rng.choice(rows)
+            row = row[: rng.randint(1, len(row))] + ids(0, 2) * rng.randint(0, 1)
+        if pads and rng.random() < 0.2:
+            row[rng.randrange(len(row))] = PAD
+        rows.append(
+            ([3] if row[0] == PAD else row[:1])
+            + row[1:-1]
+            + ([4] if row[-1] == PAD else row[-1:]) * (len(row) > 1)
+        )
+    return rows
 
 
 def pad_rows(rows, side="right", extra=3):
+    """(ids, mask); `extra` columns more than the longest row."""
     T = max(map(len, rows)) + extra
+    fill = lambda row, gap: row + gap if side == "right" else gap + row
     gaps = [T - len(row) for row in rows]
-    if side == "right":
-        ids, mask = (
-            [r + [PAD] * g for r, g in zip(rows, gaps)],
-            [[1] * len(r) + [0] * g for r, g in zip(rows, gaps)],
-        )
-    else:
-        ids, mask = (
-            [[PAD] * g + r for r, g in zip(rows, gaps)],
-            [[0] * g + [1] * len(r) for r, g in zip(rows, gaps)],
-        )
+    ids = [fill(row, [PAD] * gap) for row, gap in zip(rows, gaps)]
+    mask = [fill([1] * len(row), [0] * gap) for row, gap in zip(rows, gaps)]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+def same(a, b, what="", atol=1e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0, msg=lambda text: f"{what}: {text}")
+
+
+def gradients(model, loss):
+    """{name: gradient}; of zeros where there is none."""
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, found))
 
 
 # ---- the plain reference ----
@@ -174,7 +183,7 @@ def reference_content(ids, mask, n):
 
 
 def reference_rewards(model, ids, mask, n, T):
-    """One row, its content moved to column 0 and PAD behind, through backbone and head: rewards (T,), content length."""
+    """One row, its content at column 0 and PAD behind: rewards (T,), content length, the row, its mask."""
     first, last = reference_content(ids, mask, n)
     padding = T - (last + 1 - first)
     row = ids[first : last + 1] + [PAD] * padding
@@ -203,163 +212,279 @@ def reference_loss(model, input_ids, attention_mask=None, loss_on="tokens", n=0)
     return torch.stack(losses).mean(), torch.stack([rewards[length - 1] for rewards, length, _ in rows])
 
 
+def reference_tokens(input_ids, attention_mask, loss_on, n=0):
+    """How many distinct (prefix, token) a batch has, as far as the loss or (loss_on=None) the values read it."""
+    rows, lengths = [], []
+    for index, ids in enumerate(input_ids.tolist()):
+        mask = None if attention_mask is None else attention_mask[index].tolist()
+        first, last = reference_content(ids, mask, n)
+        rows.append([(ids[t], mask is None or bool(mask[t])) for t in range(first, last + 1)])
+        lengths.append(last + 1 - first)
+    B, found = len(rows) // 2, set()
+    for index, row in enumerate(rows):
+        read = max(lengths[index % B], lengths[index % B + B]) if loss_on == "tokens" else lengths[index]
+        row = row + [(PAD, attention_mask is None)] * (read - len(row))
+        found |= {tuple(row[: t + 1]) for t in range(read)}
+    return len(found)
+
+
 def assert_same_as_reference(model, ids, mask, n=0, atol=1e-5):
-    expected, scores = reference_loss(model, ids, mask, model.loss_on, n)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    want = torch.autograd.grad(expected, parameters, allow_unused=True, materialize_grads=True)
+    loss, scores = reference_loss(model, ids, mask, model.loss_on, n)
     output = model(ids, mask)
-    got = torch.autograd.grad(output["loss"], parameters, allow_unused=True, materialize_grads=True)
-    torch.testing.assert_close(output["loss"], expected, atol=atol, rtol=0)
-    torch.testing.assert_close(
-        torch.cat([output["chosen_mean_scores"], output["rejected_mean_scores"]]), scores, atol=atol, rtol=0
+    same(output["loss"], loss, "loss", atol)
+    same(
+        torch.cat([output["chosen_mean_scores"], output["rejected_mean_scores"]]), scores, "end scores", atol
     )
-    for name, a, b in zip((name for name, _ in model.named_parameters()), got, want):
-        torch.testing.assert_close(
-            a, b, atol=atol, rtol=0, msg=lambda text, name=name: f"gradient of {name}: {text}"
-        )
+    want, got = gradients(model, loss), gradients(model, output["loss"])
+    for name, value in want.items():
+        same(got[name], value, f"gradient of {name}", atol)
     return output
 
 
-# ---- the loss ----
+# ---- the model ----
 
 
-@pytest.mark.parametrize("loss_on", ["tokens", "end"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_loss_scores_and_gradients_equal_the_plain_loop(name, loss_on, tokenizer):
-    attentions = ["sdpa", "eager"] if AutoModel.from_config(make_config(name))._supports_sdpa else ["eager"]
-    for attention in attentions:
-        model = make_model(name, tokenizer, attention).eval()
-        model.loss_on = loss_on
-        for seed, masked in ((1, True), (2, False), (3, True)):
-            ids, mask = pad_rows(random_pairs(seed, longest=28), "right" if seed < 3 else "left")
-            assert_same_as_reference(model, ids, mask if masked else None)
+def test_shapes_and_names(tokenizer):
+    for name in PLAIN:
+        model = make_model(name, tokenizer)
+        ids, mask = pad_rows(random_rows(8))
+        output = model(ids, mask)
+        shapes = [output[key].shape for key in ("loss", "chosen_mean_scores", "rejected_mean_scores")]
+        assert shapes == [(), (3,), (3,)]
+        values = model.forward_value(ids, mask, prompt_length=2)
+        assert values["values"].shape == ids.shape and values["chosen_end_scores"].shape == (6,)
+        assert model.forward_value(ids, mask, return_value_only=True, use_cache=False).shape == ids.shape
+        assert model.v_head.weight.shape == (1, 16 if name == "opt-350m" else 32)
+        assert model.v_head.bias is None
+        assert {key.split(".")[0] for key in model.state_dict()} == {"rwtransformer", "v_head"}
 
 
+@pytest.mark.parametrize("n", [0, 1])
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("loss_on", ["tokens", "end"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_pair_in_one_row_runs_where_it_is_equal_and_only_there(
-    name, attention, loss_on, masked, tokenizer, monkeypatch
-):
-    if attention == "sdpa" and not AutoModel.from_config(make_config(name))._supports_sdpa:
-        attention = "eager"
-    model = make_model(name, tokenizer, attention)
-    model.loss_on = loss_on
-    prefix = torch.randint(2, VOCAB - 8, (3, 70), generator=torch.Generator().manual_seed(5)).tolist()
-    tails = random_pairs(7, longest=24, shared=False)
-    ids, mask = pad_rows([prefix[index % 3] + tail for index, tail in enumerate(tails)])
-    shapes = []
+def test_opt_begins_every_text_with_bos_which_may_be_pad(n, masked, tokenizer):
+    model = make_model("opt", tokenizer, n=n).eval()
+    ids = torch.tensor([[PAD, 5, 6, 7, PAD, PAD], [PAD, 5, 8, PAD, PAD, PAD]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]) if masked else None
+    assert_same_as_reference(model, ids, mask, n)
+    assert critic.align(ids, mask, PAD, n)[3].tolist() == ([4, 3] if masked or n else [3, 2])
+
+
+IDS = torch.randint(2, 60, (4, 9), generator=torch.Generator().manual_seed(0))
+BAD_CALLS = {
+    "an odd batch": (lambda m: m(IDS[:3]), "3 rows"),
+    "no rows": (lambda m: m(IDS[:0]), r"shape \(0, 9\)"),
+    "1-D ids": (lambda m: m(IDS[0]), r"shape \(9,\)"),
+    "a mask of another shape": (lambda m: m(IDS, torch.ones(4, 8)), "attention_mask"),
+    "a row of padding": (lambda m: m(IDS * torch.tensor([[1], [1], [0], [1]])), "row 2"),
+    "a row masked out": (lambda m: m.forward_value(IDS, torch.tensor([[1], [0], [1], [1]]).expand(4, 9), return_value_only=True), "row 1"),
+    "prompt_length 1": (lambda m: m.forward_value(IDS, prompt_length=1), "prompt_length is 1"),
+    "prompt_length beyond": (lambda m: m.forward_value(IDS, prompt_length=10), "prompt_length is 10"),
+    "loss_on": (lambda m: (setattr(m, "loss_on", "mean"), m(IDS)), "loss_on is 'mean'"),
+    "past_key_values": (lambda m: m(IDS, past_key_values=()), "past_key_values: not supported"),
+    "head_mask": (lambda m: m.forward_value(IDS, head_mask=torch.ones(2, 2)), "head_mask: not supported"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_bad_calls_say_what_is_wrong(call, tokenizer):
+    run, message = BAD_CALLS[call]
+    with pytest.raises(ValueError, match=message):
+        run(make_model("llama", tokenizer))
+
+
+# ---- each token once ----
+
+
+def counted(model):
+    """A list that grows by the tokens of each call of the backbone."""
+    calls = []
     model.rwtransformer.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    sdpa, widths = F.scaled_dot_product_attention, []
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda query, *args, **kwargs: widths.append(query.size(2)) or sdpa(query, *args, **kwargs),
-    )
-    results = []
-    for model.share_prefix in (True, False):
-        model.zero_grad()
-        output = model(ids, mask if masked else None)
-        output["loss"].backward()
-        results.append(
-            list(output.values())
-            + [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        )
-    for shared, two_rows in zip(*results, strict=True):
-        torch.testing.assert_close(shared, two_rows, atol=1e-5, rtol=0)
-    assert shapes[1][0] == 6
-    assert shapes[0][0] == (3 if FAMILIES[name][2] else 6)
-    if FAMILIES[name][2]:  # p + 2 (e - p) tokens of the longest pair, rounded up
-        assert shapes[0][1] <= critic.round_up(70 + 2 * 23)
-        if attention == "sdpa":  # attention over the columns of two rows, where the family lets it be given
-            dense = model.config._attn_implementation == "sdpa"
-            assert not dense or name in ("gptj", "falcon", "stablelm", "gpt_bigcode")
-            assert shapes[1][1] < shapes[0][1] and set(widths) == {shapes[1][1], shapes[dense - 1][1]}
+    return calls
+
+
+@pytest.mark.parametrize("loss_on", ["tokens", "end"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_token_is_computed_once_and_equals_the_plain_loop(name, loss_on, tokenizer):
+    model = make_model(name, tokenizer).train()
+    model.loss_on, calls = loss_on, counted(model)
+    tree = FAMILIES[name][2] and model.rwtransformer._supports_attention_backend
+    for seed, masked, side in itertools.product(range(2), (True, False), ("left", "right")):
+        ids, mask = pad_rows(random_rows(seed + 2 * masked), side)
+        bits = mask if masked else None
+        model.share_prefix = True
+        calls.clear()
+        model(ids, bits), model.forward_value(ids, bits, return_value_only=True)
+        once = [reference_tokens(ids, bits, reads) for reads in (loss_on, None)]
+        assert (calls == once) == tree
+        assert_same_as_reference(model, ids, bits)
+        values = model.forward_value(ids, bits, return_value_only=True)
+        model.share_prefix = False
+        same(values, model.forward_value(ids, bits, return_value_only=True), "values")
+        assert calls[-1] > once[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mistral-window", "bloom"])
+def test_eager_attention_runs_plain_rows(name, tokenizer):
+    model = make_model(name, tokenizer, "eager").eval()
+    calls = counted(model)
+    ids, mask = pad_rows(random_rows(1), "left")
+    assert_same_as_reference(model, ids, mask, atol=1 if name == "mistral-window" else 1e-5)
+    assert calls[-1] >= 6 * max(map(len, random_rows(1)))
+
+
+row_of_ids = st.lists(st.integers(0, 5), min_size=1, max_size=12)
+RANDOM_MODELS = {}
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.integers(1, 3).flatmap(lambda B: st.lists(row_of_ids, min_size=2 * B, max_size=2 * B)),
+    prefix=st.lists(st.integers(0, 5), max_size=40),
+    side=st.sampled_from(["left", "right"]),
+    masked=st.booleans(),
+    n=st.integers(0, 2),
+    loss_on=st.sampled_from(["tokens", "end"]),
+    name=st.sampled_from(["llama", "opt", "bloom"]),
+)
+def test_random_rows_equal_the_plain_loop(rows, prefix, side, masked, n, loss_on, name, tokenizer):
+    model = RANDOM_MODELS.setdefault(name, make_model(name, tokenizer).eval())
+    model.loss_on, model.num_padding_at_beginning = loss_on, n
+    ids, mask = pad_rows([prefix + row for row in rows], side, extra=1)
+    if not masked and not (ids != PAD).any(1).all():
+        with pytest.raises(ValueError, match="only padding"):
+            model(ids)
+        return
+    assert torch.isfinite(assert_same_as_reference(model, ids, mask if masked else None, n)["loss"])
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma3-window"])
+def test_padding_further_from_the_content_than_a_window_sees_nothing(name, tokenizer):
+    """Undefined in the original. Here attention gives zeros there: finite, the same in the tree and in rows."""
+    model = make_model(name, tokenizer).train()
+    ids, mask = pad_rows([list(range(5, 45)), [5, 6, 7]])
+    for model.loss_on in ("tokens", "end"):
+        assert_same_as_reference(model, ids, mask)
+        assert all(value.isfinite().all() for value in gradients(model, model(ids, mask)["loss"]).values())
 
 
 @pytest.mark.parametrize("fp32", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_pair_in_one_row_in_half_precision(dtype, fp32, tokenizer):
-    model = make_model("llama", tokenizer, fp32=fp32).to(dtype)
-    prefix = list(range(3, 60))
-    ids, mask = pad_rows([prefix + row for row in random_pairs(6, shared=False)], "left")
-    exact = make_model("llama", tokenizer)(ids, mask)["loss"]
+def test_half_precision(dtype, fp32, tokenizer):
+    ids, mask = pad_rows([list(range(3, 60)) + row for row in random_rows(6, pads=False)], "left")
+    exact = make_model("llama", tokenizer)
+    model = make_model("llama", tokenizer, fp32=fp32)
+    for parameter in model.parameters():  # not the buffers, as `from_pretrained` does
+        parameter.data = parameter.data.to(dtype)
     for model.share_prefix in (True, False):
         for bits in (mask, None):
-            assert abs(model(ids, bits)["loss"].float() - exact) < 0.02 * exact
+            output = model(ids, bits)
+            assert output["loss"].item() == pytest.approx(exact(ids, bits)["loss"].item(), rel=0.01)
+            assert {value.dtype for value in output.values()} == {torch.float32 if fp32 else dtype}
+            assert all(value.isfinite().all() for value in gradients(model, output["loss"]).values())
+    ids, mask = pad_rows(random_rows(6), extra=0)
+    hidden = model.rwtransformer(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    scores = (hidden.double() @ model.v_head.weight.double().T)[range(6), mask.sum(1) - 1, 0]
+    model.share_prefix = False
+    found = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"]
+    assert ((found.double() - scores).abs().max() < 1e-5) == fp32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert make_model("llama", tokenizer, fp32=True)(ids, mask)["loss"].dtype == torch.float32
 
 
-def test_what_else_keeps_a_pair_in_two_rows():
-    llama = {"rope_theta": 10000.0, "factor": 2.0}
-    for rope, shares in (("linear", True), ("dynamic", False)):
-        config = AutoModel.from_config(make_config("llama", rope_scaling=llama | {"rope_type": rope})).config
-        assert critic.can_share_prefix(config, 64, 96) == shares
-    config = AutoModel.from_config(make_config("gpt2")).config
-    assert critic.can_share_prefix(config, 200, 256) and not critic.can_share_prefix(config, 200, 288)
-    config = AutoModel.from_config(make_config("llama", hidden_size=576)).config
-    # Measured, two rows against one: 1.53, 1.24, and 0.71 times as long.
-    assert critic.can_share_prefix(config, 48, 64) and critic.can_share_prefix(config, 80, 128)
-    assert not critic.can_share_prefix(config, 1040, 2048)
-    config._attn_implementation = critic.ATTEND_IN_TWO_ROWS
-    assert critic.can_share_prefix(config, 1040, 1920) and not critic.can_share_prefix(config, 1040, 2112)
-    config._attn_implementation = "flash_attention_2"
-    assert not critic.can_share_prefix(config, 64, 96)
+def test_gradient_checkpointing_changes_no_gradient(tokenizer):
+    model = make_model("llama", tokenizer).train()
+    ids, mask = pad_rows(random_rows(6))
+    model.rwtransformer.get_input_embeddings().requires_grad_(False)  # the reentrant kind would lose all
+    calls, found = [], []
+    attend = critic.PrefixTree.masks_within
+    try:
+        critic.PrefixTree.masks_within = lambda *args: calls.append(1) or attend(*args)
+        for switch in (model.gradient_checkpointing_enable, model.gradient_checkpointing_disable):
+            switch()
+            calls.clear()
+            found.append((gradients(model, model(ids, mask)["loss"]), len(calls)))
+    finally:
+        critic.PrefixTree.masks_within = attend
+    (recomputed, twice), (kept, once) = found
+    assert twice == 2 * once == 4
+    for name, value in kept.items():
+        same(recomputed[name], value, name)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_dropout_runs_and_an_identical_pair_has_no_gradient(name, tokenizer):
+    model = make_model(name, tokenizer, dropout=0.5).train()
+    ids, mask = pad_rows(random_rows(1))
+    assert model(ids, mask)["loss"] != model(ids, mask)["loss"]
+    for model.loss_on in ("tokens", "end"):
+        output = model(torch.tensor([[3, 4, 5], [3, 4, 5]]))
+        assert output["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
+        assert not any(value.any() for value in gradients(model, output["loss"]).values())
+
+
+def test_the_device_is_waited_for_once(tokenizer, monkeypatch):
+    """On the meta device every other wait (item, tolist, nonzero, an index by mask) is an error."""
+    model = make_model("gpt2", tokenizer).to("meta")
+    host = pad_rows(random_rows(2))
+    device = tuple(tensor.to("meta") for tensor in host)
+    calls = []
+    monkeypatch.setattr(
+        torch.Tensor,
+        "cpu",
+        lambda self: calls.append(1) or next(h for h, d in zip(host, device) if d is self),
+    )
+    for model.loss_on in ("tokens", "end"):
+        calls.clear()
+        assert model(*device)["loss"].device.type == "meta" and len(calls) == 2  # ids and mask
+        assert model.forward_value(*device, return_value_only=True).device.type == "meta"
+
+
+# ---- the content of a row, and the loss ----
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_padding_is_only_a_way_to_write_a_row(name, side, tokenizer):
     model = make_model(name, tokenizer).eval()
-    rows = random_pairs(11)
+    rows = random_rows(11)
     for masked in (True, False):
-        first, first_mask = pad_rows(rows, "right", 0)
-        expected = model(first, first_mask if masked else None)
+        ids, mask = pad_rows(rows, "right", 0)
+        expected = model(ids, mask if masked else None)
         ids, mask = pad_rows(rows, side, 9)
         output = model(ids, mask if masked else None)
         for key in expected:
-            torch.testing.assert_close(output[key], expected[key], atol=1e-5, rtol=0)
+            same(output[key], expected[key], key)
         values = model.forward_value(ids, mask if masked else None, prompt_length=2)
+        assert not values["values"][mask == 0].any()  # 0 at padding
         for index, row in enumerate(rows):
             alone = model.forward_value(torch.tensor([row]), return_value_only=True)[0]
             start = ids.size(1) - len(row) if side == "left" else 0
-            torch.testing.assert_close(
-                values["values"][index, start : start + len(row)], alone, atol=1e-5, rtol=0
-            )
-            torch.testing.assert_close(values["chosen_end_scores"][index], alone[-1], atol=1e-5, rtol=0)
+            same(values["values"][index, start : start + len(row)], alone, "values")
+            same(values["chosen_end_scores"][index], alone[-1], "end score")
 
 
 NARROW = {
     "gpt2, 50 positions": ("gpt2", {"n_positions": 50}),
     "gptj, 50 positions": ("gptj", {"n_positions": 50, "rotary_dim": 8}),
-    "dynamic rope": ("llama", {"max_position_embeddings": 32, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
+    "dynamic rope": ("llama-dynamic", {}),
     "a window shorter than the answer": ("mistral-window", {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NARROW)
 def test_padding_beyond_what_the_backbone_can_take(name, tokenizer):
     family, overrides = NARROW[name]
-    model = make_model(family, tokenizer, "eager", **overrides).eval()
-    rows = [[5] * 10 + list(range(6, 46)), [5] * 10 + [50]]
+    model = make_model(family, tokenizer, **overrides).eval()
     results = []
     for extra in (0, 3, 40):
-        ids, mask = pad_rows(rows, "right", extra)
+        ids, mask = pad_rows([[5] * 10 + list(range(6, 46)), [5] * 10 + [50]], "right", extra)
         values = model.forward_value(ids, mask, prompt_length=2)
-        content = torch.cat([values["values"][0, :50], values["values"][1, :11]])
-        results.append([*model(ids, mask).values(), values["chosen_end_scores"], content])
+        results.append([*model(ids, mask).values(), values["chosen_end_scores"], values["values"][:, :50]])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-
-
-def test_a_long_tail_in_fp16_does_not_overflow():
-    rewards = torch.zeros(2, 6000, dtype=torch.float16)
-    rewards[1] = 12  # 6,000 terms of 12 add up to more than fp16 holds
-    length, divergence = torch.tensor([6000, 6000]), torch.tensor([0])
-    assert critic.ranking_loss(rewards, length, divergence, "tokens")[0] == 12
+            same(a, b)
 
 
 EDGES = {
@@ -369,6 +494,7 @@ EDGES = {
     "rejected goes on": ([3], [3, 4, 5]),
     "interior PAD": ([3, PAD, 4, PAD, 5], [3, PAD, 6]),
     "PAD is the only difference": ([3, 4, PAD, 5], [3, 4, 5]),
+    "a prefix that ends in the other's padding": ([3, 4, PAD, PAD, 5], [3, 4]),
 }
 
 
@@ -383,191 +509,24 @@ def test_edges_of_a_pair(edge, loss_on, tokenizer):
             ids, mask = pad_rows([chosen, [8, 9, 10], rejected, [8, 11]], side)
             for bits in (mask, None):
                 assert_same_as_reference(model, ids, bits)
-    if edge == "identical":
-        model.train()  # no gradient even where dropout would tell the two rows apart
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.5
-        output = model(torch.tensor([chosen, rejected]))
-        output["loss"].backward()
-        assert output["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
-        assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("n", [0, 1])
-@pytest.mark.parametrize("masked", [True, False])
-def test_opt_begins_every_text_with_bos_which_may_be_pad(n, masked, tokenizer):
-    model = make_model("opt", tokenizer, n=n).eval()
-    ids = torch.tensor([[PAD, 5, 6, 7, PAD, PAD], [PAD, 5, 8, PAD, PAD, PAD]])
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
-    assert_same_as_reference(model, ids, mask if masked else None, n)
-    length = critic.align(ids, mask if masked else None, PAD, n)[3]
-    assert length.tolist() == ([4, 3] if masked or n else [3, 2])
+def test_masks_with_holes_and_foreign_ids_under_padding(tokenizer):
+    for name in ("llama", "opt", "mistral-window"):
+        model = make_model(name, tokenizer).eval()
+        ids, mask = pad_rows(random_rows(3, longest=40))
+        mask[0, 1] = mask[4, 0] = mask[1, 2] = 0
+        ids[2, -1] = 3  # under padding
+        assert mask[4].any() and mask[2, -1] == 0
+        for model.loss_on in ("tokens", "end"):
+            assert_same_as_reference(model, ids, mask)
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_masks_with_holes_and_foreign_ids_under_padding(masked, tokenizer):
-    model = make_model("llama", tokenizer).eval()
-    ids, mask = pad_rows(random_pairs(3, longest=40))
-    mask[0, 1] = mask[4, 0] = 0
-    ids[1, 0], mask[1, 0] = 3, 1
-    expected = model(ids, mask)
-    again = (
-        model(ids.masked_fill(mask.cumsum(1) == mask.sum(1, keepdim=True), 9).where(mask == 0, ids), mask)
-        if masked
-        else expected
-    )
-    for key in expected:
-        assert torch.isfinite(expected[key]).all()
-        torch.testing.assert_close(again[key], expected[key])
-    model.share_prefix = False
-    for key, value in model(ids, mask).items():
-        torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_compute_fp32_loss(dtype, tokenizer):
-    for fp32 in (False, True):
-        model = make_model("llama", tokenizer, fp32=fp32).to(dtype).eval()
-        ids, mask = pad_rows(random_pairs(4))
-        output = model(ids, mask)
-        assert {value.dtype for value in output.values()} == {torch.float32 if fp32 else dtype}
-        hidden = model.rwtransformer(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        exact = (hidden.double() @ model.v_head.weight.double().T).squeeze(-1)
-        values = model.forward_value(ids, mask, return_value_only=True)
-        assert ((values - exact).abs().max() < 1e-5) == fp32
-        output["loss"].backward()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert make_model("llama", tokenizer, fp32=True)(ids, mask)["loss"].dtype == torch.float32
-
-
-def test_gradient_checkpointing_changes_no_gradient(tokenizer):
-    model = make_model("llama", tokenizer).train()
-    prefix = list(range(3, 60))
-    ids, mask = pad_rows([prefix + row for row in random_pairs(6, shared=False)])
-    model.rwtransformer.get_input_embeddings().requires_grad_(False)  # the reentrant kind would lose all
-    gradients = []
-    for switch in (model.gradient_checkpointing_enable, model.gradient_checkpointing_disable):
-        switch()
-        model.zero_grad()
-        model(ids, mask)["loss"].backward()
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-rows_of_ids = st.lists(st.integers(0, 5), min_size=1, max_size=12)
-
-
-@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    rows=st.integers(1, 2).flatmap(lambda B: st.lists(rows_of_ids, min_size=2 * B, max_size=2 * B)),
-    prefix=st.lists(st.integers(0, 5), max_size=40),
-    side=st.sampled_from(["left", "right"]),
-    masked=st.booleans(),
-    n=st.integers(0, 2),
-    loss_on=st.sampled_from(["tokens", "end"]),
-    name=st.sampled_from(["llama", "opt", "bloom"]),
-)
-def test_random_rows_equal_the_plain_loop(rows, prefix, side, masked, n, loss_on, name, tokenizer):
-    model = RANDOM_MODELS.setdefault(name, make_model(name, tokenizer).eval())
-    model.loss_on, model.num_padding_at_beginning = loss_on, n
-    rows = [prefix + row for row in rows]
-    ids, mask = pad_rows(rows, side, extra=1)
-    if not masked and not (ids != PAD).any(1).all():
-        with pytest.raises(ValueError, match="only padding"):
-            model(ids)
-        return
-    assert torch.isfinite(assert_same_as_reference(model, ids, mask if masked else None, n)["loss"])
-
-
-RANDOM_MODELS = {}
-
-
-# ---- values, arguments, errors ----
-
-
-def test_shapes_and_names(tokenizer):
-    for name in PLAIN:
-        model = make_model(name, tokenizer)
-        ids, mask = pad_rows(random_pairs(8))
-        output = model(ids, mask)
-        assert [output[key].shape for key in ("loss", "chosen_mean_scores", "rejected_mean_scores")] == [
-            (),
-            (3,),
-            (3,),
-        ]
-        values = model.forward_value(ids, mask, prompt_length=2)
-        assert values["values"].shape == ids.shape and values["chosen_end_scores"].shape == (6,)
-        assert model.forward_value(ids, mask, return_value_only=True).shape == ids.shape
-        assert (
-            model.v_head.weight.shape == (1, 16 if name == "opt-350m" else 32) and model.v_head.bias is None
-        )
-        assert {key.split(".")[0] for key in model.state_dict()} == {"rwtransformer", "v_head"}
-
-
-def test_the_originals_other_arguments(tokenizer):
-    model = make_model("llama", tokenizer).eval()
-    model.loss_on = "end"  # reads no padding position, so `positions` may say anything there
-    ids, mask = pad_rows(random_pairs(9), "left")
-    expected = model(ids, mask)
-    positions = (mask.cumsum(1) - 1) * mask
-    embeds = model.rwtransformer.get_input_embeddings()(ids)
-    for options in ({"position_ids": positions}, {"inputs_embeds": embeds}, {"use_cache": True}):
-        for key, value in model(ids, mask, **options).items():
-            torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=0)
-        model.forward_value(ids, mask, return_value_only=True, **options)
-    for options in (
-        {"head_mask": torch.ones(2, 2)},
-        {"past_key_values": ()},
-        {"position_ids": positions[:, 1:]},
-    ):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            model(ids, mask, **options)
-    with pytest.raises(ValueError, match="position_ids"):
-        make_model("bloom", tokenizer)(ids, mask, position_ids=positions)
-
-
-IDS = torch.randint(2, 60, (4, 9), generator=torch.Generator().manual_seed(0))
-BAD_CALLS = {
-    "an odd batch": (lambda m: m(IDS[:3]), "3 rows"),
-    "no rows": (lambda m: m(IDS[:0]), r"shape \(0, 9\)"),
-    "1-D ids": (lambda m: m(IDS[0]), r"shape \(9,\)"),
-    "a mask of another shape": (lambda m: m(IDS, torch.ones(4, 8)), "attention_mask"),
-    "a row of padding": (lambda m: m(IDS * torch.tensor([[1], [1], [0], [1]])), "row 2"),
-    "a row masked out": (lambda m: m.forward_value(IDS, torch.tensor([[1], [0], [1], [1]]).expand(4, 9), return_value_only=True), "row 1"),
-    "prompt_length 1": (lambda m: m.forward_value(IDS, prompt_length=1), "prompt_length is 1"),
-    "prompt_length beyond": (lambda m: m.forward_value(IDS, prompt_length=10), "prompt_length is 10"),
-    "loss_on": (lambda m: (setattr(m, "loss_on", "mean"), m(IDS)), "loss_on is 'mean'"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("call", BAD_CALLS)
-def test_bad_calls_say_what_is_wrong(call, tokenizer):
-    run, message = BAD_CALLS[call]
-    with pytest.raises(ValueError, match=message):
-        run(make_model("llama", tokenizer))
-
-
-def test_forward_makes_at_most_one_sync(tokenizer, monkeypatch):
-    model = make_model("llama", tokenizer)
-    ids, mask = pad_rows(random_pairs(2, B=6))
-    calls = []
-    for method in ("tolist", "item", "__bool__", "cpu", "__int__", "__index__", "nonzero"):
-        original = getattr(torch.Tensor, method)
-        monkeypatch.setattr(
-            torch.Tensor, method, lambda self, *a, o=original, m=method: calls.append(m) or o(self, *a)
-        )
-    for share in (True, False):
-        model.share_prefix = share
-        model.rwtransformer.forward = (
-            lambda input_ids=None, attention_mask=None, position_ids=None, use_cache=None, two_rows=None: (
-                torch.zeros(*input_ids.shape, 32),
-            )
-        )
-        calls.clear()
-        model(ids, mask)
-        assert calls == ["tolist"]
+def test_a_long_tail_in_fp16_does_not_overflow():
+    rewards = torch.zeros(2, 6000, dtype=torch.float16)
+    rewards[1] = 12  # 6,000 terms of 12 add up to more than fp16 holds
+    length, divergence = torch.tensor([6000, 6000]), torch.tensor([0])
+    assert critic.ranking_loss(rewards, length, divergence, "tokens")[0] == 12
 
 
 # ---- checkpoints ----
@@ -587,98 +546,76 @@ def write_deepspeed_chat(folder, model, spelling="rwtransformer"):
     return str(folder)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def assert_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama-dynamic"])
 @pytest.mark.filterwarnings("ignore:transformers has no sequence classification")
 def test_round_trip_and_transformers_own_class(name, tokenizer, tmp_path):
-    base = write_base(tmp_path / "base", name, tokenizer)
-    model = create_critic_model(base, tokenizer, None).eval()
+    model = create_critic_model(write_base(tmp_path / "base", name, tokenizer), tokenizer, None).eval()
     with torch.no_grad():
         model.v_head.weight.normal_()
-    save_critic_model(model, tokenizer, tmp_path / "critic")
+    output = tmp_path / "critic"
+    save_critic_model(model, tokenizer, output)
     with pytest.warns(UserWarning, match="a fresh one replaces"):
-        create_critic_model(str(tmp_path / "critic"), tokenizer, None)
-    loaded = create_critic_model(
-        str(tmp_path / "critic"), AutoTokenizer.from_pretrained(tmp_path / "critic"), None, rlhf_training=True
-    ).eval()
-    for key, value in loaded.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key]), key
-    ids, mask = pad_rows(random_pairs(12))
+        create_critic_model(str(output), tokenizer, None)
+    loaded = create_critic_model(str(output), AutoTokenizer.from_pretrained(output), None, rlhf_training=True)
+    assert_same_weights(loaded, model)
+    ids, mask = pad_rows(random_rows(12))
     scores = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"]
-    torch.testing.assert_close(loaded.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"], scores)
-    config = json.loads((tmp_path / "critic" / "config.json").read_text())
+    same(loaded.eval().forward_value(ids, mask, prompt_length=2)["chosen_end_scores"], scores)
+    config = json.loads((output / "config.json").read_text())
     assert config["pad_token_id"] == PAD and (config.get("dtype") or config.get("torch_dtype")) == "float32"
+    assert config["architectures"][0].endswith("ForSequenceClassification")
+    assert critic.TREE_ATTENTION not in json.dumps(config)
     if type(model.config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         with pytest.warns(UserWarning, match="no sequence classification"):
-            save_critic_model(model, tokenizer, tmp_path / "critic")
+            save_critic_model(model, tokenizer, output)
         return
-    assert config["architectures"][0].endswith("ForSequenceClassification")
-    theirs, info = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "critic", output_loading_info=True
-    )
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(output, output_loading_info=True)
     assert theirs.config.num_labels == 1 and not any(info.values())
-    logits = theirs.eval()(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(logits[:, 0], scores, atol=1e-5, rtol=0)
+    same(theirs.eval()(input_ids=ids, attention_mask=mask).logits[:, 0], scores, "their logits")
 
 
-FORMS = [
-    "deepspeed-chat",
-    "older spelling",
-    "transformers",
-    "transformers sharded",
-    "transformers .bin",
-    "openrlhf",
-]
+FORMS = ["deepspeed-chat", "older spelling", "transformers", "sharded", ".bin", "openrlhf"]
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom", "gpt2"])
 @pytest.mark.parametrize("form", FORMS)
 def test_reward_checkpoints_of_others(form, name, tokenizer, tmp_path):
-    model = make_model(name, tokenizer).eval()
-    folder = tmp_path / "reward"
+    model, folder = make_model(name, tokenizer).eval(), tmp_path / "reward"
     if form in ("deepspeed-chat", "older spelling"):
         write_deepspeed_chat(folder, model, "rwtransformer" if form == "deepspeed-chat" else "rwtranrsformer")
     else:
-        theirs = AutoModelForSequenceClassification.from_config(
-            make_config(name, num_labels=1, pad_token_id=PAD)
-        )
+        config = make_config(name, num_labels=1, pad_token_id=PAD)
+        theirs = AutoModelForSequenceClassification.from_config(config)
         theirs.base_model.load_state_dict(model.rwtransformer.state_dict())
         theirs.score.load_state_dict(model.v_head.state_dict())
-        theirs.save_pretrained(folder, max_shard_size="20KB" if form == "transformers sharded" else "5GB")
-        if form == "transformers sharded":
-            assert len(list(folder.glob("*.safetensors"))) > 1
-        if form == "transformers .bin":
-            (folder / "model.safetensors").unlink()
-            torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+        theirs.save_pretrained(folder, max_shard_size="20KB" if form == "sharded" else "5GB")
+        assert (len(list(folder.glob("*.safetensors"))) > 1) == (form == "sharded")
+        state = theirs.state_dict()
         if form == "openrlhf":
-            config = json.loads((folder / "config.json").read_text())
-            config = {
-                key: value
-                for key, value in config.items()
-                if key not in ("num_labels", "id2label", "label2id")
-            }
-            config["value_head_prefix"] = "value_head"
-            (folder / "config.json").write_text(json.dumps(config))
+            left = json.loads((folder / "config.json").read_text())
+            left = {key: left[key] for key in left.keys() - {"num_labels", "id2label", "label2id"}}
+            (folder / "config.json").write_text(json.dumps(left | {"value_head_prefix": "value_head"}))
+            state = {key.replace("score.", "value_head."): value for key, value in state.items()}
+        if form in ("openrlhf", ".bin"):
             (folder / "model.safetensors").unlink()
-            state = {
-                key.replace("score.", "value_head."): value for key, value in theirs.state_dict().items()
-            }
             torch.save(state, folder / "pytorch_model.bin")
-    loaded = create_critic_model(str(folder), tokenizer, {}, rlhf_training=True).eval()
-    for key, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value), key
+    assert_same_weights(create_critic_model(str(folder), tokenizer, {}, rlhf_training=True), model)
 
 
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [("gptj", "h.0.attn.bias"), ("gpt2", "h.1.attn.masked_bias"), ("gpt_neo", "h.0.attn.attention.bias")],
-)
-def test_buffers_that_transformers_once_saved_are_passed_over(name, key, tokenizer, tmp_path):
+OLD_BUFFERS = {"gptj": "h.0.attn.bias", "gpt2": "h.1.attn.masked_bias", "gpt_neo": "h.0.attn.attention.bias"}
+
+
+@pytest.mark.parametrize("name", OLD_BUFFERS)
+def test_buffers_that_transformers_once_saved_are_passed_over(name, tokenizer, tmp_path):
     model = make_model(name, tokenizer)
     folder = write_deepspeed_chat(tmp_path / "reward", model)
-    damage(folder, lambda s: s.update({f"rwtransformer.{key}": torch.ones(1, 1, 256, 256)}))
-    loaded = create_critic_model(folder, tokenizer, {}, rlhf_training=True)
-    for name_, value in loaded.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name_])
+    damage(folder, lambda s: s.update({f"rwtransformer.{OLD_BUFFERS[name]}": torch.ones(1, 1, 256, 256)}))
+    assert_same_weights(create_critic_model(folder, tokenizer, {}, rlhf_training=True), model)
 
 
 class Payload:
@@ -698,21 +635,25 @@ def damage(folder, change):
     return folder
 
 
-def replace(path, text):
-    Path(path).write_bytes(text)
-    return str(Path(path).parent)
+def cut(path, data=None):
+    """Replace a file by its beginning, or by `data`; its folder."""
+    path.write_bytes(path.read_bytes()[:5000] if data is None else data)
+    return str(path.parent)
 
 
+NORM = "rwtransformer.norm.weight"
 BAD_CHECKPOINTS = {
-    "a missing key": (lambda f, b: damage(f, lambda s: s.pop("rwtransformer.norm.weight")), "missing norm.weight"),
-    "an unexpected key": (lambda f, b: damage(f, lambda s: s.update({"rwtransformer.extra": torch.ones(1)})), "unexpected .*extra"),
-    "a mis-shaped key": (lambda f, b: damage(f, lambda s: s.update({"rwtransformer.norm.weight": torch.ones(3)})), "mis-shaped norm.weight"),
-    "two labels": (lambda f, b: damage(f, lambda s: s.update({"v_head.weight": torch.ones(2, 32)})), r"shape \(2, 32\)"),
-    "a base model": (lambda f, b: b, "rlhf_training=False"),
+    "a missing key": (lambda f, b: damage(f, lambda s: s.pop(NORM)), r"missing model\.norm\.weight"),
+    "an unexpected key": (lambda f, b: damage(f, lambda s: s.update({"rwtransformer.extra": torch.ones(1)})), r"unexpected .*extra"),
+    "a key beside the model": (lambda f, b: damage(f, lambda s: s.update({"extra": torch.ones(1)})), r"unexpected .*extra"),
+    "a mis-shaped key": (lambda f, b: damage(f, lambda s: s.update({NORM: torch.ones(3)})), r"mismatched .*model\.norm\.weight"),
+    "two labels": (lambda f, b: damage(f, lambda s: s.update({"v_head.weight": torch.ones(2, 32)})), r"mismatched .*score\.weight"),
+    "no head": (lambda f, b: damage(f, lambda s: s.pop("v_head.weight")), "rlhf_training=False"),
+    "a base model": (lambda f, b: b, "missing score.weight.*rlhf_training=False"),
     "no weights": (lambda f, b: (Path(f, "pytorch_model.bin").unlink(), f)[1], "model.safetensors"),
-    "a pickle with code": (lambda f, b: replace(Path(f, "pytorch_model.bin"), pickle.dumps(Payload(Path(f).parent / "ran"))), "pytorch_model.bin cannot be read"),
-    "a truncated .bin": (lambda f, b: replace(Path(f, "pytorch_model.bin"), Path(f, "pytorch_model.bin").read_bytes()[:5000]), "pytorch_model.bin cannot be read"),
-    "a truncated .safetensors": (lambda f, b: replace(Path(b, "model.safetensors"), Path(b, "model.safetensors").read_bytes()[:5000]), "model.safetensors cannot be read"),
+    "a pickle with code": (lambda f, b: cut(Path(f, "pytorch_model.bin"), pickle.dumps(Payload(Path(f).parent / "ran"))), "reward cannot be read"),
+    "a truncated .bin": (lambda f, b: cut(Path(f, "pytorch_model.bin")), "reward cannot be read"),
+    "a truncated .safetensors": (lambda f, b: cut(Path(b, "model.safetensors")), "base cannot be read"),
 }  # fmt: skip
 
 
@@ -726,62 +667,46 @@ def test_bad_checkpoints_are_refused(case, tokenizer, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-BAD_DS_CONFIGS = [
-    {"bf16": {"enabled": "auto"}}, {"fp16": {"enabled": "false"}}, {"bf16": True}, {"zero_optimization": True},
-    {"zero_optimization": {"stage": "3"}}, {"zero_optimization": {"stage": 4}}, BF16 | FP16,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("ds_config", BAD_DS_CONFIGS)
-def test_a_ds_config_that_says_it_in_no_known_way(ds_config, tokenizer):
-    with pytest.raises(ValueError, match="ds_config has "):
-        create_critic_model("no such folder", tokenizer, ds_config)
-    assert critic.read_precision_and_stage({"fp16": None, "zero_optimization": None}) == (torch.float32, 0)
+def test_a_base_model_that_lacks_a_key_is_refused(tokenizer, tmp_path):
+    base = write_base(tmp_path / "base", "llama", tokenizer)
+    state = transformers.modeling_utils.load_state_dict(f"{base}/model.safetensors")
+    Path(base, "model.safetensors").unlink()
+    torch.save({key: value for key, value in state.items() if "norm" not in key}, f"{base}/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"missing model\.norm\.weight"):
+        create_critic_model(base, tokenizer, None)
 
 
 def test_bad_arguments_of_create(tokenizer, tmp_path):
     base = write_base(tmp_path / "base", "llama", tokenizer)
-    for options, message in [
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"dropout": -0.1}, "dropout is -0.1"),
-        ({"zero_stage": 3}, "zero_stage is 3"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            create_critic_model(base, tokenizer, {}, **options)
-    bare = copy.deepcopy(tokenizer)
+    bare, longer = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
     bare.pad_token = None
-    with pytest.raises(ValueError, match="pad_token_id"):
-        create_critic_model(base, bare, {})
-    with pytest.raises(ValueError, match="pad_token_id"):
-        RewardModel(make_backbone("llama"), bare)
-    for model_type, settings_ in (
-        ("t5", {"vocab_size": 96, "d_model": 32, "num_layers": 1}),
-        ("bert", SIZES),
-    ):
-        AutoModel.from_config(AutoConfig.for_model(model_type, **settings_)).save_pretrained(
-            tmp_path / model_type
-        )
-        with pytest.raises(ValueError, match=f"{model_type} model: a critic needs a causal decoder"):
-            create_critic_model(str(tmp_path / model_type), tokenizer, {})
-    config = json.loads(Path(base, "config.json").read_text())
-    Path(base, "config.json").write_text(json.dumps(config | {"is_causal": False}))
-    with pytest.raises(ValueError, match="a critic needs a causal decoder"):
-        create_critic_model(base, tokenizer, {})
-    longer = copy.deepcopy(tokenizer)
     longer.add_tokens([f"new{index}" for index in range(20)])
     reward = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
-    with pytest.raises(ValueError, match="the tokenizer has 108 tokens, the checkpoint 96"):
-        create_critic_model(reward, longer, {}, rlhf_training=True)
+    others = {"t5": {"vocab_size": 96, "d_model": 32, "num_layers": 1}, "bert": SIZES}
+    for model_type, sizes in others.items():
+        AutoModel.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(
+            tmp_path / model_type
+        )
+    edit(Path(write_base(tmp_path / "open", "llama", tokenizer), "config.json"), is_causal=False)
+    for path, which, options, message in [
+        (base, tokenizer, {"dropout": 1.0}, "dropout is 1.0"),
+        (base, tokenizer, {"dropout": -0.1}, "dropout is -0.1"),
+        (base, tokenizer, {"zero_stage": 3}, "zero_stage is 3"),
+        (base, bare, {}, "pad_token_id"),
+        (reward, longer, {"rlhf_training": True}, "the tokenizer has 108 tokens, the checkpoint 96"),
+        *((str(tmp_path / name), tokenizer, {}, "a critic needs a causal decoder") for name in ("t5", "bert", "open")),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            create_critic_model(path, which, {}, **options)
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "mpt", "llama", "falcon"])
 def test_dropout_overrides_every_field(name, tokenizer, tmp_path):
     base = write_base(tmp_path / "base", name, tokenizer)
     model = create_critic_model(base, tokenizer, None, dropout=0.35)
-    nested = json.dumps(model.config.to_dict())
-    found = re.findall(r'"(\w*(?:dropout|pdrop))": ([\d.]+)', nested)
+    found = re.findall(r'"(\w*(?:dropout|pdrop))": ([\d.]+)', json.dumps(model.config.to_dict()))
     assert found and {float(value) for _, value in found} == {0.35}
-    ids, mask = pad_rows(random_pairs(1))
+    ids, mask = pad_rows(random_rows(1))
     assert model.train()(ids, mask)["loss"] != model(ids, mask)["loss"]
     assert "0.35" not in json.dumps(create_critic_model(base, tokenizer, None).config.to_dict())
 
@@ -794,21 +719,22 @@ def test_vocabulary_grows_to_a_multiple_of_8_and_never_shrinks(tokenizer, tmp_pa
     model = create_critic_model(base, longer, BF16)
     assert len(longer) == 99 and model.rwtransformer.get_input_embeddings().weight.shape[0] == 104
     save_critic_model(model, longer, tmp_path / "critic")
-    again = create_critic_model(str(tmp_path / "critic"), longer, BF16, rlhf_training=True)
-    assert torch.equal(again.rwtransformer.embed_tokens.weight, model.rwtransformer.embed_tokens.weight)
+    assert_same_weights(
+        create_critic_model(str(tmp_path / "critic"), longer, BF16, rlhf_training=True), model
+    )
 
 
-@pytest.mark.parametrize(
-    ("ds_config", "dtype"), [(None, torch.float32), (BF16, torch.bfloat16), (FP16, torch.float16)]
-)
+DTYPES = [(None, torch.float32), (BF16, torch.bfloat16), (FP16, torch.float16), ({"bf16": {"enabled": False}}, torch.float32)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ds_config", "dtype"), DTYPES)
 def test_dtype_follows_ds_config(ds_config, dtype, tokenizer, tmp_path):
-    base = write_base(tmp_path / "base", "llama", tokenizer)
-    model = create_critic_model(base, tokenizer, ds_config)
+    model = create_critic_model(write_base(tmp_path / "base", "llama", tokenizer), tokenizer, ds_config)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     save_critic_model(model, tokenizer, tmp_path / "critic")
     loaded = create_critic_model(str(tmp_path / "critic"), tokenizer, ds_config, rlhf_training=True)
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-    assert torch.equal(loaded.v_head.weight, model.v_head.weight)
+    assert_same_weights(loaded, model)
 
 
 def test_a_save_replaces_older_weights_of_any_form(tokenizer, tmp_path):
@@ -823,7 +749,7 @@ def test_a_save_replaces_older_weights_of_any_form(tokenizer, tmp_path):
     save_critic_model(model, talker, folder)
     saved = AutoTokenizer.from_pretrained(folder)
     assert (saved.padding_side, saved.pad_token_id, saved.chat_template) == ("left", PAD, "{{ messages }}")
-    mine = {"modeling_mine.py", "model_card.md"}
+    mine = {"modeling_mine.py", "model_card.md", "training_args.bin"}
     for name in mine:
         (folder / name).write_text("mine")
     save_critic_model(model, tokenizer, folder)
@@ -831,16 +757,55 @@ def test_a_save_replaces_older_weights_of_any_form(tokenizer, tmp_path):
     assert mine <= {file.name for file in folder.iterdir()}
 
 
-def test_a_class_with_another_head_than_ours_is_not_pretended(tokenizer, tmp_path):
+def test_a_class_with_another_head_than_ours_is_refused(tokenizer, tmp_path):
     """CTRL's classification head is called otherwise: transformers would draw it at random."""
-    torch.manual_seed(0)
-    settings_ = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": 2, "dff": 48, "n_positions": 64}
-    model = RewardModel(AutoModel.from_config(AutoConfig.for_model("ctrl", **settings_)), tokenizer).eval()
-    with pytest.warns(UserWarning, match="no sequence classification with one linear head"):
-        save_critic_model(model, tokenizer, tmp_path / "critic")
-    loaded = create_critic_model(str(tmp_path / "critic"), tokenizer, None, rlhf_training=True).eval()
-    ids, mask = pad_rows(random_pairs(2))
-    assert torch.equal(model(ids, mask)["loss"], loaded(ids, mask)["loss"])
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": 2, "dff": 48, "n_positions": 64}
+    backbone = AutoModel.from_config(AutoConfig.for_model("ctrl", **sizes))
+    with pytest.raises(ValueError, match="another head than one linear layer"):
+        save_critic_model(RewardModel(backbone, tokenizer), tokenizer, tmp_path / "critic")
+    backbone.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="missing classifier.weight"):
+        create_critic_model(str(tmp_path / "base"), tokenizer, None)
+    assert not (tmp_path / "critic").exists()
+
+
+def test_a_kill_while_saving_leaves_one_whole_critic(tokenizer, tmp_path, monkeypatch):
+    """Two critics are saved in turn; after each SIGKILL the folder holds one of them."""
+    models = [make_model("llama", tokenizer, seed=seed) for seed in (0, 1)]
+    for parameter in models[1].parameters():
+        parameter.data += 1
+    save_critic_model(models[0], tokenizer, tmp_path / "critic")
+    # A bar has a lock that all processes share, and the killed one may hold it.
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
+    rng = random.Random(0)
+    for _ in range(12):
+        child = os.fork()
+        if not child:
+            for model in itertools.cycle(models):
+                save_critic_model(model, tokenizer, tmp_path / "critic")
+        time.sleep(rng.uniform(0.01, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found = create_critic_model(
+            str(tmp_path / "critic"), tokenizer, None, rlhf_training=True
+        ).state_dict()
+        assert sum(all(torch.equal(v, m.state_dict()[k]) for k, v in found.items()) for m in models) == 1
+
+
+def test_a_full_disk_names_the_folder_and_leaves_the_old_critic(tokenizer, tmp_path):
+    model, folder = make_model("llama", tokenizer), tmp_path / "critic"
+    save_critic_model(model, tokenizer, folder)
+    before = (folder / "model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a disk with 20 kB left
+    try:
+        with pytest.raises(OSError, match=str(folder)):
+            save_critic_model(model, tokenizer, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (folder / "model.safetensors").read_bytes() == before and not (folder / ".writing").exists()
+    with pytest.raises(OSError, match="config.json/below"):
+        save_critic_model(model, tokenizer, folder / "config.json" / "below")
 
 
 def test_import_needs_no_deepspeed():
@@ -848,7 +813,7 @@ def test_import_needs_no_deepspeed():
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
-# ---- the loop, on real processes; `pytest -k "not loop"` needs no deepspeed ----
+# ---- the loop, on real processes ----
 
 
 def command_line(script, *arguments, ranks=2, port=29500):
@@ -861,13 +826,14 @@ def surroundings(**environment):
     return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
 
 
-def launch(script, *arguments, ranks=2, check=True, **environment):
-    """`deepspeed` as a user types it, with its output; with ranks=None `python`. Ranks share the cores."""
+def launch(script, *arguments, ranks=2, check=True, limit=None, **environment):
+    """`deepspeed` as a user types it, with its output; with ranks=None `python`. `limit`: bytes of a file."""
     port = free_port()
     command = command_line(script, *arguments, ranks=ranks, port=port)
     run = subprocess.run(
         command if ranks else [command[0], *command[6:]], check=False, text=True, timeout=600,
         env=surroundings(**environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
     )  # fmt: skip
     forget(port)
     if check:
@@ -889,6 +855,7 @@ def free_port():
 
 def write_ds_config(path, stage=0, **overrides):
     config = json.loads((HERE / "ds_config.json").read_text())
+    config["optimizer"]["params"]["lr"] = 5e-5
     config |= {
         "train_micro_batch_size_per_gpu": 4,
         "bf16": {"enabled": False},
@@ -906,15 +873,13 @@ def write_rows(path, rows):
 
 def make_pairs(count=48, seed=0, chosen="w1", rejected="w2", highest=79):
     """Text pairs: an answer that ends with `chosen` is preferred to one that ends with `rejected`."""
-    rows, rng = [], random.Random(seed)
+    rng, rows = random.Random(seed), []
+    words = lambda least, most: " ".join(
+        f"w{rng.randint(3, highest)}" for _ in range(rng.randint(least, most))
+    )
     for index in range(count):
-        words = lambda least, most: " ".join(
-            f"w{rng.randint(3, highest)}" for _ in range(rng.randint(least, most))
-        )
-        prompt = f"{words(1, 12)} w{index % highest}"
-        rows.append(
-            {"prompt": prompt, "chosen": f" {words(1, 6)} {chosen}", "rejected": f" {words(1, 6)} {rejected}"}
-        )
+        answers = {"chosen": f" {words(1, 6)} {chosen}", "rejected": f" {words(1, 6)} {rejected}"}
+        rows.append({"prompt": f"{words(1, 12)} w{index % highest}"} | answers)
     return rows
 
 
@@ -929,17 +894,15 @@ def training(tokenizer, tmp_path_factory):
     base = write_base(folder / "base", "llama", tokenizer)
     data = write_rows(folder / "train.jsonl.gz", make_pairs())
     held_out = write_rows(folder / "eval.jsonl", make_pairs(21, seed=1))
+    monitor = {"csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "run"}}
 
     def arguments(output, stage=0, accumulation=2, **overrides):
         config = folder / f"{stage}-{accumulation}-{len(overrides)}.json"
-        monitor = {"csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "run"}}
-        write_ds_config(
-            config, stage, gradient_accumulation_steps=accumulation, **({} if stage else monitor) | overrides
-        )
+        overrides = {"gradient_accumulation_steps": accumulation} | ({} if stage else monitor) | overrides
         return [
             "--model_name_or_path", base, "--data_path", data, "--eval_path", held_out, "--max_seq_len", "64",
-            "--output_dir", output, "--deepspeed_config", config, "--num_train_epochs", "4", "--dropout", "0.1",
-            "--compute_fp32_loss", "--save_interval", "2", "--eval_interval", "5",
+            "--output_dir", output, "--deepspeed_config", write_ds_config(config, stage, **overrides),
+            "--num_train_epochs", "4", "--dropout", "0.1", "--save_interval", "2", "--eval_interval", "5",
         ]  # fmt: skip
 
     arguments.folder = folder
@@ -958,6 +921,15 @@ def trained(training):
     return training.folder / "eval.jsonl", runs
 
 
+METRICS = {
+    "step", "epoch", "loss", "accuracy", "margin", "learning_rate", "grad_norm", "skipped_steps",
+    "pairs_per_second", "tokens_per_second",
+}  # fmt: skip
+EVAL_METRICS = {
+    f"eval_{name}" for name in ("loss", "accuracy", "margin", "chosen_score", "rejected_score", "ties")
+}
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
     held_out, runs = trained
@@ -966,9 +938,7 @@ def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
     steps = [line for line in metrics if "loss" in line]
     assert [line["step"] for line in evaluations] == [0, 5, 10, 12]
     assert [line["step"] for line in steps] == list(range(1, 13))
-    assert set(steps[0]) >= {
-        "step", "epoch", "loss", "accuracy", "margin", "learning_rate", "grad_norm", "pairs_per_second", "tokens_per_second",
-    }  # fmt: skip
+    assert set(steps[0]) == METRICS and set(evaluations[0]) == EVAL_METRICS | {"step"}
     assert steps[-1]["epoch"] == 4 and all(line["grad_norm"] > 0 for line in steps)
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -983,7 +953,7 @@ def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
             scores = model(ids, mask)
             logits = theirs(input_ids=ids, attention_mask=mask).logits[:, 0]
         ours = torch.cat([scores["chosen_mean_scores"], scores["rejected_mean_scores"]])
-        torch.testing.assert_close(logits, ours, atol=1e-5, rtol=0)
+        same(logits, ours, "their logits")
         margins.append((ours[0] - ours[1]).item())
         losses.append(scores["loss"].item())
     last = evaluations[-1]
@@ -999,7 +969,7 @@ def test_loop_two_ranks_evaluate_exactly_as_one(trained):
 
 def test_loop_stages_take_the_same_steps(trained):
     losses = {key: [line["loss"] for line in runs[1] if "loss" in line] for key, runs in trained[1].items()}
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         assert losses[2, stage] == pytest.approx(losses[2, 0], abs=1e-4)
 
 
@@ -1008,139 +978,134 @@ def test_loop_metrics_go_through_deepspeeds_monitor(trained, training):
     assert {"Train_loss", "Train_eval_accuracy", "Train_grad_norm"} <= written
 
 
-def test_loop_ranks_see_disjoint_pairs_of_like_length():
+def test_loop_one_rank_tells_and_a_log_file_gets_two_lines_a_minute(trained):
+    said = trained[1][2, 0][2]
+    assert said.count("3 steps an epoch; 0 pairs") == said.count("critic saved: load it") == 1
+    assert said.count("step 12: eval_loss") == 1
+    minutes, seconds = re.findall(r"training: +\d+%.*?\[(\d+):(\d+)<", said)[-1]
+    lines = len(re.findall(r"training: +\d+%", said))
+    assert 1 <= lines <= 3 + 2 * (int(minutes) + int(seconds) / 60)  # the first, the last as tqdm closes it
+
+
+WORD = r"w\d+\([+-]\d+\.\d\)"
+
+
+def test_loop_the_end_shows_the_reward_at_each_word(trained):
+    held_out, runs = trained
+    said = runs[2, 3][2].splitlines()
+    shown = [line for line in said if re.match(r"(chosen|rejected), end score", line)]
+    assert [line.split(",")[0] for line in shown] == ["chosen", "chosen", "rejected", "rejected"]
+    rows = [json.loads(line) for line in Path(held_out).read_text().splitlines()]
+    output = runs[2, 3][0]
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    model = create_critic_model(str(output), tokenizer, None, rlhf_training=True).eval()
+    for line, (side, row) in zip(shown, itertools.product(("chosen", "rejected"), rows[:2])):
+        words = re.findall(WORD, line)
+        assert [word.split("(")[0] for word in words] == row[side].split()
+        ids = torch.tensor([tokenizer(row["prompt"] + row[side])["input_ids"] + [1]])
+        values = model.forward_value(ids, return_value_only=True)[0].tolist()
+        found = [float(word.split("(")[1][:-1]) for word in words]
+        assert found == pytest.approx(values[-1 - len(words) : -1], abs=0.051)
+        assert float(re.search(r"end score (\S+):", line).group(1)) == pytest.approx(values[-1], abs=1e-3)
+
+
+# ---- the loop's data ----
+
+SPEAK = "{% for m in messages %}{{ m.content }} {% endfor %}<eos>\n"
+
+
+def test_loop_every_row_form_and_the_split_by_prompt(tokenizer, tmp_path):
     import train_reward
 
-    lengths = [random.Random(index).randint(10, 500) for index in range(203)]
-    samplers = [
-        train_reward.DistributedLengthGroupedSampler(
-            8, num_replicas=2, rank=rank, seed=3, drop_last=True, lengths=lengths
-        )
-        for rank in (0, 1)
-    ]
-    epochs = [list(train_reward.batches(sampler, 4, 2)) for sampler in samplers]
-    first = [[index for _, batch in batches[:26] for index in batch] for batches in epochs]
-    assert not set(first[0]) & set(first[1]) and len(first[0]) == len(set(first[0])) == 101
-    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for _, batch in epochs[0]]
-    assert statistics.mean(spread) < 100  # random batches of 4: 294
-    assert epochs[0] == list(train_reward.batches(samplers[0], 4, 2)) and epochs[0][:26] != epochs[0][26:]
+    talker = copy.deepcopy(tokenizer)
+    talker.chat_template = SPEAK
+    say = lambda *texts: [{"role": "user", "content": text} for text in texts]
+    hh = "\n\nHuman: w3\n\nAssistant: "
+    path = write_rows(tmp_path / "rows.jsonl", [
+        {"chosen": hh + "w4", "rejected": hh + "w4 w5"},
+        {"chosen": hh + "w6", "rejected": hh + "w7", "a column": [1]},
+        {"prompt": say("w3"), "chosen": say("w4"), "rejected": say("w5")},
+        {"chosen": say("w3", "w6"), "rejected": say("w3", "w7")},
+        {"prompt": "w9", "ranked": [" w1", " w2", " w3", " w2"]},
+        {"prompt": say("w3"), "ranked": [say("w7"), say("w8")]},
+    ])  # fmt: skip
+    pairs = train_reward.read_pairs([path], "train", talker, 64)
+    ids = lambda text: tokenizer(text)["input_ids"]
+    by_line = lambda n: [pair for pair in pairs if pair["where"] == f"{path}:{n}"]
+    assert pairs[0]["prompt"] == pairs[1]["prompt"] == "\n\nHuman: w3"
+    assert len({pair["prompt"] for n in (3, 4, 6) for pair in by_line(n)}) == 1
+    assert by_line(3)[0]["chosen"] == ids("w3 w4 <eos>") and by_line(6)[0]["rejected"] == ids("w3 w8 <eos>")
+    assert pairs[0]["chosen"][-1] == pairs[0]["rejected"][-1] == tokenizer.eos_token_id
+    ranked = [(tokenizer.decode(p["chosen"][1]), tokenizer.decode(p["rejected"][1])) for p in by_line(5)]
+    assert ranked == [
+        ("w1", "w2"),
+        ("w1", "w3"),
+        ("w1", "w2"),
+        ("w2", "w3"),
+        ("w3", "w2"),
+    ]  # one is identical
+    for seed in range(5):
+        sides = train_reward.split_by_prompt(pairs, 0.3, seed)
+        assert sum(map(len, sides)) == len(pairs) and all(sides)
+        assert not {p["prompt"] for p in sides[0]} & {p["prompt"] for p in sides[1]}
 
 
-ZERO3 = """
-import json, sys, torch, deepspeed, critic
-from transformers import AutoTokenizer
-from transformers.utils import logging
-folder, grown, broken, ds_config, output = sys.argv[-5:]
-deepspeed.init_distributed()
-ds_config = json.load(open(ds_config))
-tokenizer = AutoTokenizer.from_pretrained(grown)
-ids = torch.tensor([[3, 4, 5, 0], [3, 6, 0, 0]])
-scores = {}
-for name, rlhf, stage in ((folder, True, 0), (folder, True, 3), (grown, False, 3)):
-    tokenizer = AutoTokenizer.from_pretrained(grown if name == grown else folder)
-    model = critic.create_critic_model(name, tokenizer, ds_config, rlhf_training=rlhf, zero_stage=stage)
-    for key, parameter in model.named_parameters():
-        assert parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel() == 0, key
-        assert parameter.ds_numel and torch.isfinite(parameter.ds_tensor).all(), key
-    engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
-    engine.eval()
+def test_loop_pairs_of_a_prompt_stand_together_in_random_order():
+    import train_reward
+
+    pairs = [{"prompt": str(n % 7), "n": n} for n in range(30)]
+    orders = [train_reward.in_order(pairs, seed) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    for order in orders:
+        assert sorted(pair["n"] for pair in order) == list(range(30))
+        assert len(list(itertools.groupby(order, lambda pair: pair["prompt"]))) == 7
+
+
+def test_loop_ranks_see_disjoint_pairs_and_lose_only_the_last_incomplete_step(training, tmp_path):
+    """21 pairs, 2 ranks, micro-batch 2, accumulation 2: 2 steps of 8, 5 pairs over."""
+    script = tmp_path / "watch.py"
+    script.write_text(WATCH)
+    data = write_rows(tmp_path / "some.jsonl", make_pairs(21))
+    arguments = [*training(tmp_path / "out", 0, 2, train_micro_batch_size_per_gpu=2), "--data_path", data]
+    run = launch(script, *arguments, "--num_train_epochs", "2", "--save_interval", "0", SEEN=str(tmp_path))
+    assert "2 steps an epoch; 5 pairs, others in each, are left over" in run.stdout
+    seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    for epoch in (0, 1):
+        mine = [[row for batch in rank[4 * epoch : 4 * epoch + 4] for row in batch] for rank in seen]
+        assert len(mine[0]) == len(mine[1]) == 8 and len({*mine[0], *mine[1]}) == 16
+    assert seen[0][:4] != seen[0][4:]
+
+
+# Notes the lines of each batch that is trained on.
+WATCH = """
+import json, os, sys
+import train_reward
+seen, collate = [], train_reward.collate
+def watch(pairs, *rest):
+    if sys._getframe(1).f_code.co_name == "main":
+        seen.append([pair["where"] for pair in pairs])
+    return collate(pairs, *rest)
+train_reward.collate = watch
+train_reward.main()
+json.dump(seen, open(f"{os.environ['SEEN']}/seen-{os.environ['RANK']}.json", "w"))
+train_reward.dist.destroy_process_group()
+"""
+
+
+def test_loop_a_tie_is_half_right(tokenizer, tmp_path):
+    """A head of zeros: every pair ties."""
+    model = make_model("llama", tokenizer)
     with torch.no_grad():
-        scores[name + str(stage)] = engine.module.forward_value(ids, return_value_only=True).tolist()
-    critic.save_critic_model(engine, tokenizer, f"{output}-{len(scores)}")
-message = None
-try:
-    critic.create_critic_model(broken, AutoTokenizer.from_pretrained(folder), ds_config, rlhf_training=True)
-except ValueError as error:
-    message = str(error)
-assert "missing norm.weight" in message and "(3,)" in message, message
-if torch.distributed.get_rank() == 0:
-    json.dump(scores, open(output, "w"))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
-SHARED = """
-import json, sys, torch, deepspeed, critic
-from deepspeed.utils import safe_get_full_grad
-from transformers import AutoTokenizer
-folder, ds_config, output = sys.argv[-3:]
-deepspeed.init_distributed()
-ds_config, tokenizer = json.load(open(ds_config)), AutoTokenizer.from_pretrained(folder)
-torch.manual_seed(torch.distributed.get_rank())
-ids = torch.randint(2, 80, (4, 80))
-ids[2:, :60] = ids[:2, :60]
-mask = torch.ones_like(ids)
-ids[3, 70:] = mask[3, 70:] = 0
-worst = {}
-for stage in (0, 1, 2, 3):
-    ds_config["zero_optimization"]["stage"], found = stage, []
-    for share in (True, False):
-        model = critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=True)
-        model.share_prefix = share
-        if stage % 2:
-            model.gradient_checkpointing_enable()
-        engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
-        rows = []
-        model.rwtransformer.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["input_ids"])), with_kwargs=True)
-        output_ = engine(ids, mask)
-        engine.backward(output_["loss"])
-        assert rows[0] == (2 if share else 4)
-        found.append([*output_.values(), *(safe_get_full_grad(p) for p in model.parameters())])
-    assert all(value is not None for value in found[0])
-    worst[stage] = max((a - b).abs().max().item() for a, b in zip(*found))
-    assert max(value.abs().max() for value in found[0][3:]) > 1e-3
-if torch.distributed.get_rank() == 0:
-    json.dump(worst, open(output, "w"))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_loop_the_pair_in_one_row_at_every_zero_stage(tokenizer, tmp_path):
-    """Loss, end scores and every gradient as in two rows, on two ranks; with gradient checkpointing at 1 and 3."""
-    folder = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
-    tokenizer.save_pretrained(folder)
-    (tmp_path / "shared.py").write_text(SHARED)
-    config = write_ds_config(
-        tmp_path / "ds.json", 0, scheduler={"type": "WarmupLR", "params": {}}, gradient_clipping=0
-    )
-    launch(tmp_path / "shared.py", folder, config, tmp_path / "worst.json")
-    worst = json.loads((tmp_path / "worst.json").read_text())
-    assert set(worst) == set("0123") and max(worst.values()) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_loop_zero3_loads_partitioned_and_refuses_on_every_rank(name, tokenizer, tmp_path):
-    model = make_model(name, tokenizer).eval()
-    if name == "mixtral":  # whose experts lie in one tensor each in transformers 5, and apart in a checkpoint
-        save_critic_model(model, tokenizer, tmp_path / "reward")
-        folder = str(tmp_path / "reward")
-    else:
-        folder = write_deepspeed_chat(tmp_path / "reward", model)
-    broken = write_deepspeed_chat(tmp_path / "broken", model)
-    damage(
-        broken,
-        lambda s: (
-            s.pop("rwtransformer.norm.weight"),
-            s.update({"rwtransformer.layers.0.input_layernorm.weight": torch.ones(3)}),
-        ),
-    )
-    tokenizer.save_pretrained(folder)
-    longer = copy.deepcopy(tokenizer)
-    longer.add_tokens([f"new{index}" for index in range(11)])
-    grown = write_base(tmp_path / "grown", name, longer)
-    (tmp_path / "zero3.py").write_text(ZERO3)
-    config = write_ds_config(tmp_path / "ds.json", 3, scheduler={"type": "WarmupLR", "params": {}})
-    launch(tmp_path / "zero3.py", folder, grown, broken, config, tmp_path / "scores.json")
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    expected = model.forward_value(torch.tensor([[3, 4, 5, 0], [3, 6, 0, 0]]), return_value_only=True)
-    for stage in ("0", "3"):
-        torch.testing.assert_close(torch.tensor(scores[folder + stage]), expected, atol=1e-5, rtol=0)
-    again = create_critic_model(f"{tmp_path}/scores.json-3", longer, None, rlhf_training=True).eval()
-    assert again.rwtransformer.get_input_embeddings().weight.shape[0] == 104
-    values = again.forward_value(torch.tensor([[3, 4, 5, 0], [3, 6, 0, 0]]), return_value_only=True)
-    torch.testing.assert_close(torch.tensor(scores[grown + "3"]), values, atol=1e-5, rtol=0)
+        model.v_head.weight.zero_()
+    save_critic_model(model, tokenizer, tmp_path / "flat")
+    held_out = write_rows(tmp_path / "eval.jsonl", make_pairs(5))
+    run = launch(
+        HERE / "train_reward.py", "--model_name_or_path", tmp_path / "flat", "--eval_path", held_out, "--max_seq_len", "64",
+        "--num_train_epochs", "0", "--output_dir", tmp_path / "none", "--deepspeed_config", write_ds_config(tmp_path / "ds.json", 3),
+    )  # fmt: skip
+    found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"eval_loss')))
+    assert (found["eval_accuracy"], found["eval_ties"]) == (0.5, 5) and set(found) == EVAL_METRICS
+    assert not (tmp_path / "none").exists() and "chosen, end score +0.000" in run.stdout
 
 
 @pytest.fixture(scope="session")
@@ -1160,6 +1125,209 @@ def test_loop_the_demonstration_learns(demonstration):
     ids, mask = pad_rows([tokenizer(line + "<eos>")["input_ids"] for line in (text, noise)])
     chosen, rejected = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"].tolist()
     assert chosen > rejected
+
+
+def test_loop_odd_text_trains_and_what_is_left_out_is_counted(demonstration, tmp_path):
+    """On the demonstration's byte-level tokenizer."""
+    odd = [
+        "NUL \0 here",
+        "\u05e9\u05dc\u05d5\u05dd \u202ertl",
+        "a" * 100_000,
+        "\U0001f600 \U0001f468\u200d\U0001f469",
+    ]
+    rows = [
+        {"prompt": f"p{i} {text[:40]}", "chosen": f" {text}", "rejected": " no"} for i, text in enumerate(odd)
+    ]
+    data, held_out = write_rows(tmp_path / "odd.jsonl", rows), write_rows(tmp_path / "eval.jsonl", rows[:2])
+    run = launch(
+        HERE / "train_reward.py", "--model_name_or_path", demonstration, "--data_path", data, held_out, "--eval_path", held_out,
+        "--max_seq_len", "256", "--output_dir", tmp_path / "out", "--deepspeed_config", write_ds_config(tmp_path / "ds.json"), ranks=None,
+    )  # fmt: skip
+    assert "5 pairs of 6 rows; left out: 1 longer than 256 tokens" in run.stdout
+    assert "warning: 2 prompts of the held-out data are in the training data too" in run.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+# ---- ZeRO ----
+
+PROLOGUE = """
+import json, sys, torch, deepspeed, critic
+from transformers import AutoTokenizer
+deepspeed.init_distributed()
+rank, *arguments, output = torch.distributed.get_rank(), *[word for word in sys.argv[1:] if "local_rank" not in word]
+ds_config, results = json.load(open(arguments[0])), {}
+"""
+EPILOGUE = """
+if rank == 0:
+    json.dump(results, open(output, "w"))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def on_two_ranks(body, folder, *arguments):
+    """Run `body` under the launcher; its `results`. The first argument is a DeepSpeed config."""
+    (folder / "script.py").write_text(PROLOGUE + body + EPILOGUE)
+    launch(folder / "script.py", *arguments, folder / "results.json")
+    return json.loads((folder / "results.json").read_text())
+
+
+ZERO3 = """
+folder, grown, broken = arguments[1:]
+ids = torch.tensor([[3, 4, 5, 0], [3, 6, 0, 0]])
+for name, rlhf, stage in ((folder, True, 0), (folder, True, 3), (grown, False, 3)):
+    tokenizer = AutoTokenizer.from_pretrained(grown if name == grown else folder)
+    model = critic.create_critic_model(name, tokenizer, ds_config, rlhf_training=rlhf, zero_stage=stage)
+    for key, parameter in model.named_parameters():
+        assert parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel() == 0, key
+        assert parameter.ds_numel and torch.isfinite(parameter.ds_tensor).all(), key
+    engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
+    engine.eval()
+    with torch.no_grad():
+        results[name + str(stage)] = engine.module.forward_value(ids, return_value_only=True).tolist()
+    critic.save_critic_model(engine, tokenizer, f"{output}-{len(results)}")
+message = None
+try:
+    critic.create_critic_model(broken, AutoTokenizer.from_pretrained(folder), ds_config, rlhf_training=True)
+except ValueError as error:
+    message = str(error)
+assert "missing model.norm.weight" in message and "model.layers.0.input_layernorm.weight" in message, message
+"""
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3"])
+def test_loop_zero3_loads_partitioned_and_refuses_on_every_rank(name, tokenizer, tmp_path):
+    """Mixtral's experts lie apart in a checkpoint; DeepSeek-V3 has a buffer in it."""
+    model = make_model(name, tokenizer).eval()
+    for name_, buffer in model.named_buffers():
+        buffer += 0.5 * torch.randn_like(buffer) if "e_score" in name_ else 0
+    save_critic_model(model, tokenizer, tmp_path / "reward")
+    folder = str(tmp_path / "reward")
+    if name == "llama":
+        folder = write_deepspeed_chat(tmp_path / "chat", model)
+    broken = write_deepspeed_chat(tmp_path / "broken", model)
+    spoiled = {"rwtransformer.layers.0.input_layernorm.weight": torch.ones(3)}
+    damage(broken, lambda s: (s.pop("rwtransformer.norm.weight"), s.update(spoiled)))
+    tokenizer.save_pretrained(folder)
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens([f"new{index}" for index in range(11)])
+    grown = write_base(tmp_path / "grown", name, longer)
+    config = write_ds_config(tmp_path / "ds.json", 3, scheduler={"type": "WarmupLR", "params": {}})
+    scores = on_two_ranks(ZERO3, tmp_path, config, folder, grown, broken)
+    ids = torch.tensor([[3, 4, 5, 0], [3, 6, 0, 0]])
+    expected = model.forward_value(ids, return_value_only=True)
+    for stage in ("0", "3"):
+        same(torch.tensor(scores[folder + stage]), expected, stage)
+    again = create_critic_model(f"{tmp_path}/results.json-3", longer, None, rlhf_training=True).eval()
+    assert again.rwtransformer.get_input_embeddings().weight.shape[0] == 104
+    same(torch.tensor(scores[grown + "3"]), again.forward_value(ids, return_value_only=True), "grown")
+
+
+TREE = """
+from deepspeed.utils import safe_get_full_grad
+folder, rows = arguments[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids, mask = torch.tensor(json.load(open(rows))[rank])
+for stage in (0, 1, 2, 3):
+    ds_config["zero_optimization"]["stage"], found = stage, []
+    for share in (True, False):
+        model = critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=True)
+        model.share_prefix = share
+        if stage % 2:
+            model.gradient_checkpointing_enable()
+        engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
+        engine.train()
+        shapes = []
+        model.rwtransformer.register_forward_pre_hook(lambda m, a, k: shapes.append(len(k["input_ids"])), with_kwargs=True)
+        output_ = engine(ids, mask)
+        engine.backward(output_["loss"])
+        assert shapes[0] == (1 if share else len(ids))
+        found.append([*output_.values(), *(safe_get_full_grad(p) for p in model.parameters())])
+    assert all(value is not None for value in found[0])
+    results[stage] = max((a - b).abs().max().item() for a, b in zip(*found))
+    assert max(value.abs().max() for value in found[0][3:]) > 1e-3
+"""
+
+
+def test_loop_each_token_once_at_every_zero_stage(tokenizer, tmp_path):
+    """Loss, end scores and every gradient as in plain rows, on two ranks; gradient checkpointing at 1 and 3."""
+    folder = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
+    tokenizer.save_pretrained(folder)
+    batches = [torch.stack(pad_rows(random_rows(seed))).tolist() for seed in (1, 2)]
+    (tmp_path / "rows.json").write_text(json.dumps(batches))
+    options = {"scheduler": {"type": "WarmupLR", "params": {}}, "gradient_clipping": 0}
+    config = write_ds_config(tmp_path / "ds.json", **options)
+    worst = on_two_ranks(TREE, tmp_path, config, folder, tmp_path / "rows.json")
+    assert set(worst) == set("0123") and max(worst.values()) < 1e-5
+
+
+# ---- step 3 ----
+
+PPO = """
+folder, data = arguments[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+make = lambda: critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=True)
+trainable, *_ = deepspeed.initialize(model=make(), config=dict(ds_config))
+frozen = make().requires_grad_(False)
+settings = {name: ds_config[name] for name in ("train_micro_batch_size_per_gpu", "zero_optimization")}
+reward_model, *_ = deepspeed.initialize(model=frozen, config=settings) if settings["zero_optimization"]["stage"] == 3 else (frozen,)
+reward_model.eval()
+trainable.eval()
+prompts, answers = json.load(open(data))
+
+def batch(chosen, extra):
+    left, right = (tokenizer([texts[i] for i in chosen], padding=True, padding_side=side, return_tensors="pt")
+                   for texts, side in ((prompts, "left"), (answers, "right")))
+    pad = torch.full((len(chosen), extra), tokenizer.pad_token_id)
+    ids = torch.cat([pad, left["input_ids"], right["input_ids"], pad], 1)
+    mask = torch.cat([0 * pad, left["attention_mask"], right["attention_mask"], 0 * pad], 1)
+    return {"input_ids": ids, "attention_mask": mask}, extra + left["input_ids"].size(1)
+
+def score(model, extra=0, chosen=range(len(prompts))):
+    inputs, prompt_length = batch(chosen, extra)
+    return getattr(model, "module", model).forward_value(**inputs, prompt_length=prompt_length)
+
+with torch.no_grad():
+    results = {"all": score(reward_model)["chosen_end_scores"].tolist(),
+               "padded": score(reward_model, 5)["chosen_end_scores"].tolist(),
+               "alone": [score(reward_model, 2, [i])["chosen_end_scores"].item() for i in range(len(prompts))]}
+    before = score(trainable)["values"]
+    assert torch.allclose(before, score(reward_model)["values"], atol=1e-6)
+values = score(trainable)
+loss = ((values["values"][:, -4:] - values["chosen_end_scores"].detach()[:, None] - 1) ** 2).mean()
+trainable.backward(loss)
+trainable.step()
+with torch.no_grad():
+    results["after"] = score(reward_model)["chosen_end_scores"].tolist()
+    results["moved"] = (score(trainable)["values"] - before).abs().max().item()
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_loop_step_3_as_a_ppo_trainer_takes_it(stage, trained, tmp_path):
+    folder = trained[1][2, stage][0]
+    rows = [json.loads(line) for line in trained[0].read_text().splitlines()][:5]
+    texts = [row["prompt"] for row in rows], [row["chosen"] + " <eos>" for row in rows]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    schedule = {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3}}
+    config = write_ds_config(tmp_path / "ds.json", stage, scheduler=schedule)
+    results = on_two_ranks(PPO, tmp_path, config, folder, tmp_path / "texts.json")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = create_critic_model(str(folder), tokenizer, None, rlhf_training=True).eval()
+    ids, mask = pad_rows([tokenizer(p + a)["input_ids"] for p, a in zip(*texts)])  # as step 2 wrote them
+    step2 = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"].tolist()
+    for way in ("all", "padded", "alone", "after"):
+        assert results[way] == pytest.approx(step2, abs=1e-5), way
+    assert results["moved"] > 1e-4
+
+
+def test_loop_the_readmes_python_runs_as_printed(trained, tokenizer, tmp_path):
+    """Step 2 to step 3; the folder `output` is a critic that step 2 left."""
+    block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
+    os.symlink(trained[1][1, 0][0], tmp_path / "output")
+    subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)}, check=True
+    )
 
 
 # ---- kills and faults ----
@@ -1241,9 +1409,9 @@ def test_loop_a_killed_run_resumes_to_the_same_bits(stage, training, trained, tm
 
 def test_loop_a_rank_that_dies_in_evaluation_ends_the_run(training, tmp_path):
     output = tmp_path / "out"  # metrics.jsonl is made before the first evaluation, and written after it
-    started = lambda out: (out / "metrics.jsonl").exists()
     many = write_rows(tmp_path / "many.jsonl", make_pairs(2000, seed=3))
     arguments = [*training(output), "--eval_path", many]
+    started = lambda out: (out / "metrics.jsonl").exists()
     assert run_and_kill(arguments, output, started, (1,), tmp_path / "log") != 0
     assert not read_whole_lines(output) and not (output / "model.safetensors").exists()
 
@@ -1251,88 +1419,27 @@ def test_loop_a_rank_that_dies_in_evaluation_ends_the_run(training, tmp_path):
 @pytest.mark.parametrize("interval", ["2", "0"])
 def test_loop_a_full_disk_ends_the_run_with_the_folders_name(interval, training, tmp_path):
     """As if 50 kB were left: a checkpoint, or the critic at the end, cannot be written by rank 0."""
-    output, port = tmp_path / "out", free_port()
-    run = subprocess.run(
-        command_line(HERE / "train_reward.py", *training(output), "--save_interval", interval, port=port), text=True, check=False,
-        env=surroundings(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )  # fmt: skip
-    forget(port)
+    output = tmp_path / "out"
+    arguments = [*training(output), "--save_interval", interval]
+    run = launch(HERE / "train_reward.py", *arguments, check=False, limit=50_000)
     assert run.returncode != 0 and not (output / "model.safetensors").exists()
     place = "out/checkpoints: a checkpoint cannot be written" if interval == "2" else "out cannot be written"
-    assert f"{place}" in run.stdout, run.stdout[-3000:]
+    assert place in run.stdout, run.stdout[-3000:]
 
 
-def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
-    output = trained[1][2, 0][0]
-    before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
-    other = write_rows(tmp_path / "other.jsonl", make_pairs(seed=5))
-    changes = {
-        "the training data": ["--data_path", other], "--seed": ["--seed", "1"], "--loss_on": ["--loss_on", "end"],
-        "optimizer in the DeepSpeed config": ["--deepspeed_config", write_ds_config(
-            tmp_path / "lr.json", gradient_accumulation_steps=2, optimizer={"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}})],
-    }  # fmt: skip
-    script = tmp_path / "drive.py"
-    script.write_text(DRIVE)
-    results = drive(
-        script, {name: [*training(output), "--resume", *change] for name, change in changes.items()}, tmp_path
-    )
-    for name, (code, message) in results.items():
-        assert (
-            code == 1
-            and f"{name}" in message
-            and "the number of ranks" in message
-            and "put it back" in message
-        )
-    assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "float32"), (0, "bf16"), (2, "float32"), (3, "float32")]
-)
-def test_loop_a_step_that_is_not_finite_is_skipped(stage, precision, training, tokenizer, tmp_path):
-    """The embedding of w79 is NaN: one pair with it costs one step an epoch; nothing but such pairs, the run."""
-    model = make_backbone("llama")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer("w79")["input_ids"][0]] = math.nan
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    good, held_out = (
-        make_pairs(31, highest=78),
-        write_rows(tmp_path / "eval.jsonl", make_pairs(8, 2, highest=78)),
-    )
-    bad = {"prompt": "w5 w79", "chosen": " w3 w1", "rejected": " w4 w2"}
-    config = write_ds_config(tmp_path / "ds.json", stage, bf16={"enabled": precision == "bf16"})
-    run = lambda output, *more: launch(
-        HERE / "train_reward.py", "--model_name_or_path", tmp_path / "base", "--eval_path", held_out, "--max_seq_len", "64",
-        "--data_path", tmp_path / f"{output}.jsonl", "--output_dir", tmp_path / output, "--num_train_epochs", "2",
-        "--deepspeed_config", config, "--save_interval", "2", *more, ranks=None, check=False,
-    )  # fmt: skip
-    write_rows(tmp_path / "one.jsonl", [*good, bad])
-    write_rows(tmp_path / "every.jsonl", [{**row, "prompt": row["prompt"] + " w79"} for row in good])
-    one = run("one")
-    assert one.returncode == 0, one.stdout[-3000:]
-    metrics = read_metrics(tmp_path / "one")
-    steps = [line for line in metrics if "epoch" in line]
-    assert [line["loss"] for line in steps].count(None) == 2 == steps[-1]["skipped_steps"]
-    assert metrics[-1]["eval_loss"] < metrics[0]["eval_loss"]
-    every = run("every")
-    assert every.returncode not in (0, None) and not (tmp_path / "every" / "model.safetensors").exists()
-    said = next(line for line in every.stdout.splitlines() if "train_reward.py: error" in line)
-    assert "step 5: loss nan" in said and str(tmp_path / "every/checkpoints/step-000000004") in said
-    if precision == "bf16":  # the checkpoint is whole, and the count goes on
-        again = run("every", "--resume")
-        assert "step 5: loss nan" in again.stdout
-
-
-# ---- bad input ----
-
-# Calls train_reward.main() once for each case of a JSON file, in one process: {case: [exit code, what it said]}.
+# Calls train_reward.main() once for each case of a JSON file, in one process: {case: [exit code, what it said,
+# whether the model's weights are finite]}. With FAULT the fifth gradient of the head is not, though the loss is.
 DRIVE = """
-import contextlib, io, json, os, sys, traceback
+import contextlib, io, json, math, os, sys, traceback
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 import train_reward
-results = {}
+create, results, models = train_reward.create_critic_model, {}, []
+def create_watched(*arguments):
+    models[:], gradients = [create(*arguments)], []
+    if os.environ.get("FAULT"):
+        models[0].v_head.weight.register_hook(lambda g: g * math.nan if gradients.append(1) or len(gradients) == 5 else g)
+    return models[0]
+train_reward.create_critic_model = create_watched
 for name, arguments in json.load(open(sys.argv[1])).items():
     said, sys.argv = io.StringIO(), ["train_reward.py", *arguments]
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -1345,45 +1452,113 @@ for name, arguments in json.load(open(sys.argv[1])).items():
         except BaseException:
             code = -1
             traceback.print_exc()
-    results[name] = code, said.getvalue()
+    weights = [getattr(p, "ds_tensor", p) for model in models for n, p in model.named_parameters() if "embed" not in n]
+    results[name] = code, said.getvalue(), all(weight.isfinite().all().item() for weight in weights)
 json.dump(results, open(os.environ["RESULTS"], "w"))
 """
 
 
-def drive(script, cases, folder):
-    (folder / "cases.json").write_text(json.dumps({k: [str(word) for word in v] for k, v in cases.items()}))
+def drive(cases, folder, **environment):
+    cases = {name: [str(word) for word in words] for name, words in cases.items()}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    (folder / "drive.py").write_text(DRIVE)
+    environment = surroundings(RESULTS=str(folder / "results.json"), **environment)
     subprocess.run(
-        [sys.executable, script, folder / "cases.json"], check=True,
-        env=surroundings(RESULTS=str(folder / "results.json")),
-    )  # fmt: skip
+        [sys.executable, folder / "drive.py", "cases.json"], cwd=folder, check=True, env=environment
+    )
     return json.loads((folder / "results.json").read_text())
 
 
+def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
+    output = trained[1][2, 0][0]
+    before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
+    other = write_rows(tmp_path / "other.jsonl", make_pairs(seed=5))
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    config = write_ds_config(tmp_path / "lr.json", gradient_accumulation_steps=2, optimizer=optimizer)
+    changes = {
+        "the data": ["--data_path", other], "--seed": ["--seed", "1"], "--loss_on": ["--loss_on", "end"],
+        "--compute_fp32_loss": ["--no-compute_fp32_loss"],
+        "optimizer in the DeepSpeed config": ["--deepspeed_config", config],
+    }  # fmt: skip
+    cases = {name: [*training(output), "--resume", *change] for name, change in changes.items()}
+    for name, (code, message, _) in drive(cases, tmp_path).items():
+        assert code == 1 and "put it back" in message
+        assert name in message and "the number of ranks" in message
+    assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
+
+
+FAULTY = {"float32": (0, False), "bf16": (0, True), "ZeRO-2": (2, False), "ZeRO-3": (3, False)}
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_loop_what_is_not_finite_stops_the_run_before_the_weights_are_touched(
+    fault, training, tokenizer, tmp_path
+):
+    """The embedding of w79 is NaN and one pair has it; or the fifth gradient is NaN, though its loss is not."""
+    model = make_backbone("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("w79")["input_ids"][0]] = math.nan
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    bad = {"prompt": "w5 w79", "chosen": " w3 w1", "rejected": " w4 w2"} if fault == "loss" else GOOD
+    data = write_rows(tmp_path / "pairs.jsonl", [*make_pairs(31, highest=78), bad])
+    held_out = write_rows(tmp_path / "eval.jsonl", make_pairs(8, 2, highest=78))
+    cases = {}
+    for name, (stage, bf16) in FAULTY.items():
+        config = write_ds_config(tmp_path / f"{name}.json", stage, bf16={"enabled": bf16})
+        cases[name] = [
+            "--model_name_or_path", tmp_path / "base", "--data_path", data, "--eval_path", held_out, "--max_seq_len", "64",
+            "--output_dir", tmp_path / name, "--deepspeed_config", config, "--save_interval", "1", "--num_train_epochs", "2",
+        ]  # fmt: skip
+        if fault == "loss":
+            cases[f"{name} resumed"] = [*cases[name], "--resume"]
+    results = drive(cases, tmp_path, FAULT="" if fault == "loss" else "1")
+    for name, (code, said, finite) in results.items():
+        assert code == 1 and finite, said[-3000:]
+        output = tmp_path / name.split()[0]
+        taken = len([line for line in read_metrics(output) if "loss" in line])
+        said = next(line for line in said.splitlines() if "train_reward.py: error" in line)
+        assert (
+            f"step {taken + 1}: loss " in said
+            and "not finite" in said
+            and not (output / "model.safetensors").exists()
+        )
+        assert (f"{data}:32" in said or fault == "gradient") and f"{data}:" in said
+        last = f"checkpoints/step-{taken:09d}" if taken else "none, see --save_interval"
+        assert said.endswith(last) and (fault == "loss" or taken == 4)
+
+
+# ---- bad input ----
+
 GOOD = {"prompt": "w3", "chosen": " w4 w1", "rejected": " w5 w2"}
 TALK = [{"role": "user", "content": "w3"}]
-# data: (bytes of the file, file name, what the message must hold)
+AT = r"pairs\.jsonl:1: mend or delete the line .*"
+# data: (the row or the bytes of the file, what the message must hold)
 BAD_DATA = {
-    "an empty file": (b"", "pairs.jsonl", "no rows"),
-    "not gzip though named so": (b"{}\n", "pairs.jsonl.gz", "pairs.jsonl.gz: cannot be read"),
-    "broken UTF-8": (b'{"chosen": "\xff"}\n', "pairs.jsonl", "pairs.jsonl:1: not a JSON object in UTF-8"),
-    "broken JSON in line 7": (json.dumps(GOOD).encode() + b"\n" * 6 + b"{,}\n", "pairs.jsonl", "pairs.jsonl:7: not a JSON"),
-    "a JSON list": (b"[1, 2]\n", "pairs.jsonl", "pairs.jsonl:1: a list"),
-    "a missing key": ({"prompt": "w3", "chosen": "w4"}, "pairs.jsonl", "rejected: NoneType"),
-    "null": (GOOD | {"chosen": None}, "pairs.jsonl", "pairs.jsonl:1: chosen, rejected .*chosen: NoneType"),
-    "a number for text": (GOOD | {"rejected": 3}, "pairs.jsonl", "rejected: int"),
-    "an empty text": (GOOD | {"chosen": " "}, "pairs.jsonl", "pairs.jsonl:1: chosen or rejected is empty"),
-    "equal in every row": (GOOD | {"rejected": GOOD["chosen"]}, "pairs.jsonl", "0 training pairs remain"),
-    "every pair too long": (GOOD | {"prompt": "w3 " * 300}, "pairs.jsonl", "0 training pairs remain.*larger --max_seq_len"),
-    "one pair only": (GOOD, "pairs.jsonl", "0 training pairs remain, at least 1"),
-    "texts and messages": (GOOD | {"chosen": TALK}, "pairs.jsonl", "all be texts or all be messages"),
-    "messages without a template": ({"chosen": TALK, "rejected": TALK}, "pairs.jsonl", "no chat template"),
+    "an empty file": (b"", "no rows"),
+    "not gzip though named so": (b"{}\n", r"pairs\.jsonl\.gz: cannot be read"),
+    "broken UTF-8": (b'{"chosen": "\xff"}\n', AT + "Invalid JSON"),
+    "a lone surrogate": (b'{"chosen": "\\ud800 a", "rejected": "b"}\n', AT + "Invalid JSON"),
+    "broken JSON in line 7": (json.dumps(GOOD).encode() + b"\n" * 6 + b"{,}\n", r"pairs\.jsonl:7: .*Invalid JSON"),
+    "a JSON list": (b"[1, 2]\n", AT + "should be an object"),
+    "a missing key": ({"prompt": "w3", "chosen": "w4"}, AT + "give chosen and rejected"),
+    "null": (GOOD | {"chosen": None}, AT + "give chosen and rejected"),
+    "a number for text": (GOOD | {"rejected": 3}, AT + "rejected.* should be a valid string"),
+    "an empty text": (GOOD | {"chosen": " "}, AT + "an answer is empty"),
+    "one ranked answer": ({"prompt": "w3", "ranked": ["w4"]}, AT + "ranked .*at least 2 items"),
+    "ranked of two kinds": ({"prompt": "w3", "ranked": ["w4", TALK]}, AT + "all be texts, or all be messages"),
+    "equal in every row": (GOOD | {"rejected": GOOD["chosen"]}, "1 identical.*0 held-out pairs remain"),
+    "every pair too long": (GOOD | {"prompt": "w3 " * 300}, "0 held-out pairs remain.*larger --max_seq_len"),
+    "one pair only": (GOOD, "0 training pairs remain, 4 are needed"),
+    "texts and messages": (GOOD | {"chosen": TALK}, AT + "all be texts, or all be messages"),
+    "messages without a template": ({"chosen": TALK, "rejected": TALK}, r"pairs\.jsonl:1: .*no chat template"),
 }  # fmt: skip
 BAD_TALK = {
-    "a message without role": ([{"content": "w3"}], 'must be {"role": text'),
-    "an unknown role": ([{"role": "robot", "content": "w3"}], "unknown role 'robot'"),
-    "a message that is none": (["w3"], 'must be {"role": text'),
-    "no message": ([], "no message"),
-    "content that is no text": ([{"role": "user", "content": 3}], 'must be {"role": text'),
+    "a message without role": ([{"content": "w3"}], "role Field required"),
+    "an unknown role": ([{"role": "robot", "content": "w3"}], "role Input should be 'system'"),
+    "a message that is none": (["w3"], r"chosen\.list\[Message\]\.0 Input should be an object"),
+    "no message": ([], "an answer is empty"),
+    "content that is no text": ([{"role": "user", "content": 3}], "content Input should be a valid string"),
 }
 BAD_ARGUMENTS = {
     "no such file": (["--data_path", "missing.jsonl"], "missing.jsonl: cannot be read"),
@@ -1399,7 +1574,7 @@ BAD_ARGUMENTS = {
     "an unknown loss": (["--loss_on", "mean"], "--loss_on: invalid choice: 'mean'"),
     "an unknown flag": (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
     "an unknown model": (["--model_name_or_path", "no/such-model"], "no/such-model"),
-    "evaluating a base model": (["--num_train_epochs", "0"], "no value head"),
+    "evaluating a base model": (["--num_train_epochs", "0"], "no value head|without a value head"),
     "a run in output_dir": (["--output_dir", "used"], "already holds metrics.jsonl: pass --resume"),
     "a model in output_dir": (["--output_dir", "base", "--resume"], "no checkpoint to --resume from"),
     "output_dir below a file": (["--output_dir", "base/config.json/out"], "base/config.json/out"),
@@ -1412,24 +1587,20 @@ BAD_CONFIGS = {
     "an unknown optimizer": ({"optimizer": {"type": "Adamm", "params": {}}}, "Adamm is not a supported"),
     "an unknown schedule": ({"scheduler": {"type": "Cosine", "params": {}}}, "LR scheduler Cosine"),
     "an unknown stage": ({"zero_optimization": {"stage": 7}}, "Input should be 0, 1, 2"),
-    "two precisions": ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "cannot be simultaneously"),
-    "more accumulation than data": ({"gradient_accumulation_steps": 99}, "gradient_accumulation_steps: lower it"),
+    "two precisions": (BF16 | FP16, "cannot be simultaneously"),
+    "more accumulation than data": ({"gradient_accumulation_steps": 99}, "21 training pairs remain, 396 are needed"),
 }  # fmt: skip
 BAD_MODELS = {
-    "config without weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights: none of"),
-    "a truncated safetensors": (lambda f: cut(f / "model.safetensors"), "model.safetensors cannot be read"),
-    "a truncated .bin": (lambda f: cut(as_bin(f)), "pytorch_model.bin cannot be read"),
-    "a pickle with code": (lambda f: as_bin(f).write_bytes(pickle.dumps(Payload(f.parent / "ran"))), "pytorch_model.bin cannot be read"),
+    "config without weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "a truncated safetensors": (lambda f: cut(f / "model.safetensors"), "safetensors cannot be read"),
+    "a truncated .bin": (lambda f: cut(as_bin(f)), ".bin cannot be read"),
+    "a pickle with code": (lambda f: cut(as_bin(f), pickle.dumps(Payload(f.parent / "ran"))), "code cannot be read"),
     "not a decoder": (lambda f: make_bert(f), "a critic needs a causal decoder"),
     "an unknown model type": (lambda f: edit(f / "config.json", model_type="nonesuch"), "nonesuch"),
-    "a config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "a config that is not JSON": (lambda f: cut(f / "config.json", b"{"), "config.json"),
     "a tokenizer without EOS": (lambda f: edit(f / "tokenizer_config.json", eos_token=None), "no EOS token"),
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "tokenizer"),
 }  # fmt: skip
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:5000])
 
 
 def as_bin(folder):
@@ -1452,56 +1623,56 @@ def refusals(tokenizer, tmp_path_factory):
     """Every bad input given to train_reward.py, in one process; {case: (code, message, expected)}."""
     folder = tmp_path_factory.mktemp("refusals")
     write_base(folder / "base", "llama", tokenizer)
+    talker = copy.deepcopy(tokenizer)
+    talker.chat_template = SPEAK
+    write_base(folder / "talker", "llama", talker)
     write_rows(folder / "good.jsonl", make_pairs(24))
     (folder / "used").mkdir()
     (folder / "used" / "metrics.jsonl").write_text("{}\n")
-    config = write_ds_config(folder / "good.json")
-    usual = lambda **changed: [
-        word
-        for name, value in ({"model_name_or_path": "base", "data_path": "good.jsonl", "output_dir": "out", "max_seq_len": 64,
-                             "deepspeed_config": config} | changed).items()
-        for word in (f"--{name}", value)
-    ]  # fmt: skip
+    good = json.loads(Path(write_ds_config(folder / "good.json")).read_text())
     cases, expected = {}, {}
-    for name, (content, file, message) in BAD_DATA.items():
-        place = folder / name.replace(" ", "_")
-        place.mkdir()
-        (place / file).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        cases[name], expected[name] = usual(data_path=place / file), message
-    talker = copy.deepcopy(tokenizer)
-    talker.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    write_base(folder / "talker", "llama", talker)
+
+    def case(name, message, *more, **changed):
+        usual = {
+            "model_name_or_path": "base",
+            "data_path": "good.jsonl",
+            "output_dir": "out",
+            "max_seq_len": 64,
+        }
+        flags = usual | {"deepspeed_config": folder / "good.json"} | changed
+        cases[name] = [word for flag, value in flags.items() for word in (f"--{flag}", value)] + list(more)
+        expected[name] = message
+
+    def place(name, file):
+        path = folder / name.replace(" ", "_") / file
+        path.parent.mkdir()
+        return path
+
+    for name, (content, message) in BAD_DATA.items():
+        path = place(name, "pairs.jsonl.gz" if "gzip" in name else "pairs.jsonl")
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        case(name, message, data_path=path)
     for name, (messages, message) in BAD_TALK.items():
-        path = folder / f"{name.replace(' ', '_')}.jsonl"
-        write_rows(path, [{"chosen": messages, "rejected": TALK}])
-        cases[name], expected[name] = (
-            usual(data_path=path, model_name_or_path="talker"),
-            rf"\.jsonl:1: .*{message}",
-        )
+        path = write_rows(place(name, "pairs.jsonl"), [{"chosen": messages, "rejected": TALK}])
+        case(name, AT + message, data_path=path, model_name_or_path="talker")
     for name, (arguments, message) in BAD_ARGUMENTS.items():
-        cases[name], expected[name] = [*usual(), *arguments], message
+        case(name, message, *arguments)
     for name, (change, message) in BAD_CONFIGS.items():
-        path = folder / f"{name.replace(' ', '_')}.json"
-        good = json.loads(Path(config).read_text())
+        path = place(name, "ds.json")
         kept = {} if isinstance(change, str) else {k: v for k, v in (good | change).items() if v is not None}
         path.write_text(change if isinstance(change, str) else json.dumps(kept))
-        cases[name], expected[name] = usual(deepspeed_config=path), message
+        case(name, message, deepspeed_config=path)
     for name, (spoil, message) in BAD_MODELS.items():
         path = folder / name.replace(" ", "_")
         write_base(path, "llama", tokenizer)
         spoil(path)
-        cases[name], expected[name] = usual(model_name_or_path=path), message
+        case(name, message, model_name_or_path=path)
     cases["no model"], expected["no model"] = ["--data_path", "good.jsonl"], "--model_name_or_path is None"
-    cases["no data"], expected["no data"] = ["--model_name_or_path", "base"], "--data_path is None"
-    (folder / "drive.py").write_text(DRIVE)
-    os.chdir(folder)
-    results = drive(folder / "drive.py", cases, folder)
-    os.chdir(HERE)
-    left = (
-        sorted(path.name for path in folder.glob("out*")) + list(folder.glob("ran")),
-        (folder / "used" / "metrics.jsonl").read_text(),
-    )
-    return {name: (*results[name], expected[name]) for name in cases}, left
+    cases["no data"], expected["no data"] = ["--model_name_or_path", "base"], "given with data"
+    results = drive(cases, folder)
+    left = [path.name for pattern in ("out*", "ran") for path in folder.glob(pattern)]
+    untouched = (folder / "used" / "metrics.jsonl").read_text() == "{}\n"
+    return {name: (*results[name][:2], expected[name]) for name in cases}, left, untouched
 
 
 CASES = [*BAD_DATA, *BAD_TALK, *BAD_ARGUMENTS, *BAD_CONFIGS, *BAD_MODELS, "no model", "no data"]
@@ -1509,200 +1680,11 @@ CASES = [*BAD_DATA, *BAD_TALK, *BAD_ARGUMENTS, *BAD_CONFIGS, *BAD_MODELS, "no mo
 
 @pytest.mark.parametrize("case", CASES)
 def test_loop_bad_input_is_told_plainly_and_touches_nothing(case, refusals):
-    code, said, message = refusals[0][case]
+    (code, said, message), left, untouched = refusals[0][case], *refusals[1:]
     assert code in (1, 2), said
     assert "Traceback" not in said and "train_reward.py: error: " in said
     assert re.search(message, said, re.DOTALL), said
-    assert refusals[1] == ([], "{}\n")
-
-
-def test_loop_fewer_pairs_than_ranks(training, tmp_path):
-    data = write_rows(tmp_path / "one.jsonl", [GOOD])
-    run = launch(HERE / "train_reward.py", *training(tmp_path / "out"), "--data_path", data, check=False)
-    assert run.returncode != 0 and "1 training pairs remain, at least 2" in run.stdout
-    assert not (tmp_path / "out").exists()
-
-
-def test_loop_odd_text_trains_and_an_untrained_rest_is_counted(demonstration, tmp_path):
-    """On the demonstration's byte-level tokenizer; then the same files only evaluate."""
-    odd = [
-        "\ud800 lone",
-        "NUL \0 here",
-        "\u05e9\u05dc\u05d5\u05dd \u202ertl",
-        "a" * 100_000,
-        "\U0001f600 \U0001f468\u200d\U0001f469",
-    ]
-    rows = [
-        {"prompt": f"p{i} {text[:40]}", "chosen": f" {text}", "rejected": " no"} for i, text in enumerate(odd)
-    ]
-    data, held_out = write_rows(tmp_path / "odd.jsonl", rows), write_rows(tmp_path / "eval.jsonl", rows[:2])
-    arguments = ["--model_name_or_path", demonstration, "--eval_path", held_out, "--max_seq_len", "256"]
-    run = launch(
-        HERE / "train_reward.py", *arguments, "--data_path", data, held_out, "--output_dir", tmp_path / "out", ranks=None
-    )  # fmt: skip
-    assert "6 pairs remain of 7; left out, 1 longer than 256 tokens" in run.stdout
-    assert "warning: 2 prompts of the held-out data are in the training data too" in run.stdout
-    assert (tmp_path / "out" / "model.safetensors").exists()
-    run = launch(
-        HERE / "train_reward.py", *arguments, "--num_train_epochs", "0", "--output_dir", tmp_path / "none"
-    )
-    evaluated = json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"eval_loss')))
-    assert set(evaluated) == {
-        "eval_loss", "eval_accuracy", "eval_margin", "eval_chosen_score", "eval_rejected_score"
-    }  # fmt: skip
-    assert not (tmp_path / "none").exists() and "chosen   ..." in run.stdout
-
-
-def test_loop_dialogues_and_messages_split_by_prompt(tokenizer):
-    import train_reward
-
-    talker = copy.deepcopy(tokenizer)
-    talker.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}<eos>\n"
-    say = lambda *texts: [{"role": "user", "content": text} for text in texts]
-    rows = [
-        (
-            "a:1",
-            {"chosen": "\n\nHuman: w3\n\nAssistant: w4", "rejected": "\n\nHuman: w3\n\nAssistant: w4 w5"},
-        ),
-        ("a:2", {"chosen": "\n\nHuman: w3\n\nAssistant: w6", "rejected": "\n\nHuman: w3\n\nAssistant: w7"}),
-        ("a:3", {"prompt": say("w3"), "chosen": say("w4"), "rejected": say("w5")}),
-        ("a:4", {"chosen": say("w3", "w6"), "rejected": say("w3", "w7")}),
-    ]
-    pairs = train_reward.tokenize(rows, talker, 64, "data")
-    assert (
-        pairs[0]["prompt"] == pairs[1]["prompt"] == "\n\nHuman: w3"
-        and pairs[2]["prompt"] == pairs[3]["prompt"]
-    )
-    ids = lambda text: tokenizer(text)["input_ids"]
-    assert pairs[2]["chosen"] == ids("w3 w4 <eos>") and pairs[2]["divergence"] == 1
-    assert pairs[0]["chosen"][-1] == pairs[0]["rejected"][-1] == tokenizer.eos_token_id
-    for seed in range(5):
-        train, held_out = train_reward.split_by_prompt(pairs, 0.5, seed)
-        assert len(train) == len(held_out) == 2 and train[0]["prompt"] != held_out[0]["prompt"]
-
-
-# ---- saving ----
-
-
-def test_a_kill_while_saving_leaves_one_whole_critic(tokenizer, tmp_path, monkeypatch):
-    """Two critics are saved in turn; after each SIGKILL the folder holds one of them."""
-    models = [make_model("llama", tokenizer, seed=seed) for seed in (0, 1)]
-    for parameter in models[1].parameters():
-        parameter.data += 1
-    save_critic_model(models[0], tokenizer, tmp_path / "critic")
-    # A bar has a lock that all processes share, and the killed one may hold it.
-    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
-    rng = random.Random(0)
-    for _ in range(12):
-        child = os.fork()
-        if not child:
-            for model in itertools.cycle(models):
-                save_critic_model(model, tokenizer, tmp_path / "critic")
-        time.sleep(rng.uniform(0.01, 0.2))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        loaded = create_critic_model(str(tmp_path / "critic"), tokenizer, None, rlhf_training=True)
-        same = [
-            all(torch.equal(v, m.state_dict()[k]) for k, v in loaded.state_dict().items()) for m in models
-        ]
-        assert sum(same) == 1
-
-
-def test_a_full_disk_names_the_folder_and_leaves_the_old_critic(tokenizer, tmp_path):
-    model = make_model("llama", tokenizer)
-    save_critic_model(model, tokenizer, tmp_path / "critic")
-    before = (tmp_path / "critic" / "model.safetensors").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a disk with 20 kB left
-    try:
-        with pytest.raises(OSError, match=str(tmp_path / "critic")):
-            save_critic_model(model, tokenizer, tmp_path / "critic")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / "critic" / "model.safetensors").read_bytes() == before
-    assert not (tmp_path / "critic" / ".writing").exists()
-    with pytest.raises(OSError, match="config.json/below"):
-        save_critic_model(model, tokenizer, tmp_path / "critic" / "config.json" / "below")
-
-
-# ---- step 3 ----
-
-PPO = """
-import json, sys, torch, deepspeed, critic
-from transformers import AutoTokenizer
-folder, ds_config, data, output = sys.argv[-4:]
-deepspeed.init_distributed()
-ds_config = json.load(open(ds_config))
-tokenizer = AutoTokenizer.from_pretrained(folder)
-make = lambda: critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=True)
-trainable, *_ = deepspeed.initialize(model=make(), config=dict(ds_config))
-frozen = make().requires_grad_(False)
-settings = {name: ds_config[name] for name in ("train_micro_batch_size_per_gpu", "zero_optimization")}
-reward_model, *_ = deepspeed.initialize(model=frozen, config=settings) if settings["zero_optimization"]["stage"] == 3 else (frozen,)
-reward_model.eval()
-trainable.eval()
-prompts, answers = json.load(open(data))
-
-def batch(chosen, extra):
-    left, right = (tokenizer([texts[i] for i in chosen], padding=True, padding_side=side, return_tensors="pt")
-                   for texts, side in ((prompts, "left"), (answers, "right")))
-    pad = torch.full((len(chosen), extra), tokenizer.pad_token_id)
-    ids = torch.cat([pad, left["input_ids"], right["input_ids"], pad], 1)
-    mask = torch.cat([0 * pad, left["attention_mask"], right["attention_mask"], 0 * pad], 1)
-    return {"input_ids": ids, "attention_mask": mask}, extra + left["input_ids"].size(1)
-
-def score(model, extra=0, chosen=range(len(prompts))):
-    inputs, prompt_length = batch(chosen, extra)
-    return getattr(model, "module", model).forward_value(**inputs, prompt_length=prompt_length)
-
-with torch.no_grad():
-    results = {"all": score(reward_model)["chosen_end_scores"].tolist(),
-               "padded": score(reward_model, 5)["chosen_end_scores"].tolist(),
-               "alone": [score(reward_model, 2, [i])["chosen_end_scores"].item() for i in range(len(prompts))]}
-    before = score(trainable)["values"]
-    assert torch.allclose(before, score(reward_model)["values"], atol=1e-6)
-values = score(trainable)
-loss = ((values["values"][:, -4:] - values["chosen_end_scores"].detach()[:, None] - 1) ** 2).mean()
-trainable.backward(loss)
-trainable.step()
-with torch.no_grad():
-    results["after"] = score(reward_model)["chosen_end_scores"].tolist()
-    results["moved"] = (score(trainable)["values"] - before).abs().max().item()
-if torch.distributed.get_rank() == 0:
-    json.dump(results, open(output, "w"))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.parametrize("stage", [0, 3])
-def test_loop_step_3_as_a_ppo_trainer_takes_it(stage, trained, tmp_path):
-    folder = trained[1][2, stage][0]
-    rows = [json.loads(line) for line in trained[0].read_text().splitlines()][:5]
-    texts = [row["prompt"] for row in rows], [row["chosen"] + " <eos>" for row in rows]
-    (tmp_path / "ppo.py").write_text(PPO)
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
-    config = write_ds_config(
-        tmp_path / "ds.json", stage, scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3}}
-    )
-    launch(tmp_path / "ppo.py", folder, config, tmp_path / "texts.json", tmp_path / "scores.json")
-    results = json.loads((tmp_path / "scores.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = create_critic_model(str(folder), tokenizer, None, rlhf_training=True).eval()
-    ids, mask = pad_rows([tokenizer(p + a)["input_ids"] for p, a in zip(*texts)])  # as step 2 wrote them
-    step2 = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"].tolist()
-    for way in ("all", "padded", "alone", "after"):
-        assert results[way] == pytest.approx(step2, abs=1e-5), way
-    assert results["moved"] > 1e-4
-
-
-def test_loop_the_readmes_python_runs_as_printed(trained, tokenizer, tmp_path):
-    """Step 2 to step 3; the folder `output` is a critic that step 2 left."""
-    block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
-    os.symlink(trained[1][1, 0][0], tmp_path / "output")
-    subprocess.run(
-        [sys.executable, "-c", block], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)}, check=True
-    )
+    assert not left and untouched
 
 
 # ---- the benchmark: python test_critic.py [--model PATH --data FILE] ----
@@ -1713,173 +1695,124 @@ def resident(name="VmRSS"):
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
-def peak_above_start(run, device):
-    if device.type == "cuda":
-        start = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - start) / 2**20
+def measured(run, device):
+    """(seconds, peak MiB above the start) of a call."""
+    cuda = device.type == "cuda"
     ctypes.CDLL(None).malloc_trim(0)  # what an earlier run left in the allocator would hide this one's need
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    start = resident()
-    run()
-    return resident("VmHWM") - start
-
-
-def seconds(run, device):
-    if device.type == "cuda":
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    memory, start = torch.cuda.memory_allocated() / 2**20 if cuda else resident(), time.perf_counter()
     run()
-    if device.type == "cuda":
+    if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    took = time.perf_counter() - start
+    return took, (torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")) - memory
 
 
-def deepspeed_chat_loss(model, input_ids, attention_mask):
-    """The way of DeepSpeed-Chat: two rows of the whole width, a Python loop with device syncs in each pair."""
-    hidden = model.rwtransformer(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
-    rewards, B, loss = model.v_head(hidden).squeeze(-1), len(input_ids) // 2, 0
-    for c_ids, r_ids, c_rewards, r_rewards in zip(input_ids[:B], input_ids[B:], rewards[:B], rewards[B:]):
-        ends = [ids.eq(model.PAD_ID).nonzero() for ids in (c_ids, r_ids)]
-        end = max(found[0].item() if len(found) else len(c_ids) for found in ends)
-        p = (c_ids != r_ids).nonzero()[0].item()
-        loss = loss - F.logsigmoid(c_rewards[p:end] - r_rewards[p:end]).mean()
-    return loss / B
-
-
-def benchmark_pairs(arguments, tokenizer, vocab):
-    import train_reward
-
-    if arguments.data:
-        return train_reward.tokenize(train_reward.read_rows(arguments.data), tokenizer, 512, arguments.data)
-    rng, pairs = random.Random(0), []
-    for _ in range(8 * arguments.pairs):  # dialogue-like: p about 120, e - p about 60
-        ids = lambda count: [rng.randrange(10, vocab) for _ in range(count)]
-        scale = arguments.length / 180
-        prefix, tails = (
-            ids(int(scale * rng.randint(60, 180))),
-            [ids(int(scale * rng.randint(30, 70))) for _ in "cr"],
-        )
-        pairs.append(
-            {
-                "prompt": "",
-                "chosen": prefix + [8] + tails[0],
-                "rejected": prefix + [9] + tails[1],
-                "divergence": len(prefix),
-            }
-        )
-    return pairs
-
-
-def benchmark_steps(arguments):
-    import train_reward
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, arguments.dtype)
+def benchmark_model(arguments, device):
+    dtype, tokenizer = getattr(torch, arguments.dtype), argparse.Namespace(pad_token_id=0)
     if arguments.model:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         backbone = AutoModel.from_pretrained(arguments.model, dtype=dtype)
     else:
-        tokenizer = argparse.Namespace(pad_token_id=0)
         config = AutoConfig.for_model(
-            "llama", vocab_size=4096, hidden_size=arguments.hidden_size, intermediate_size=arguments.hidden_size * 8 // 3,
-            num_hidden_layers=arguments.layers, num_attention_heads=arguments.hidden_size // 64, max_position_embeddings=8192,
+            "llama", vocab_size=4096, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+            num_key_value_heads=3, num_hidden_layers=arguments.layers, max_position_embeddings=8192,
         )  # fmt: skip
         backbone = AutoModel.from_config(config, dtype=dtype)
-    model = RewardModel(backbone, tokenizer).to(device).train()
-    pairs = benchmark_pairs(arguments, tokenizer, backbone.config.vocab_size)
-    fixed, size = max(512, arguments.length * 2), 8
-    groups = lambda rows: [rows[at : at + size] for at in range(0, len(rows) - size + 1, size)]
-    # Batches of like length over the whole data, and of these some, from short to long; the same pairs in all ways.
-    every = groups(sorted(pairs, key=lambda pair: train_reward.cost(pair, model)))
-    count = min(max(1, arguments.pairs // size), len(every))
-    by_length = [pair for n in range(count) for pair in every[(2 * n + 1) * len(every) // (2 * count)]]
-    pairs = random.Random(1).sample(by_length, len(by_length))
-    collate = lambda rows: train_reward.collate(rows, model.PAD_ID, fixed, device)
+    return RewardModel(backbone, tokenizer).to(device).train(), tokenizer
 
-    def step(rows, share, loop=False):
-        model.zero_grad()
-        model.share_prefix = share
-        batch = collate(rows)
-        if loop:
-            batch["input_ids"] = F.pad(
-                batch["input_ids"], (0, fixed - batch["input_ids"].size(1)), value=model.PAD_ID
-            )
-            batch["attention_mask"] = F.pad(
-                batch["attention_mask"], (0, fixed - batch["attention_mask"].size(1))
-            )
-            deepspeed_chat_loss(model, **batch).backward()
-        else:
-            model(**batch)["loss"].backward()
 
-    ways = {
-        f"two rows padded to {fixed}, loop over pairs": [
-            lambda rows=rows: step(rows, False, True) for rows in groups(pairs)
-        ],
-        "two rows padded to the longest": [lambda rows=rows: step(rows, False) for rows in groups(pairs)],
-        "two rows of like length": [lambda rows=rows: step(rows, False) for rows in groups(by_length)],
-        "shared prefix, like length": [lambda rows=rows: step(rows, True) for rows in groups(by_length)],
+def benchmark_cases(arguments, model, tokenizer, device):
+    """{case: (batches as rows, batches as each token once, whether it trains)}; a batch: ids, mask (2B, T)."""
+    import train_reward
+
+    rng = random.Random(0)
+    ids = lambda count: [rng.randrange(10, 4096) for _ in range(count)]
+    draw = lambda mean: int(min(3 * mean, 1 + mean * rng.lognormvariate(-0.32, 0.8)))
+    if arguments.data:
+        pairs = train_reward.read_pairs([arguments.data], "train", tokenizer, 512)
+        pairs = train_reward.in_order(pairs, 0)[: arguments.pairs]
+    else:  # as long as dialogues: a common beginning of 120 tokens or so, answers of 59
+        prompts = [ids(draw(120)) for _ in range(arguments.pairs)]
+        pairs = [{"chosen": p + [8] + ids(draw(58)), "rejected": p + [9] + ids(draw(58))} for p in prompts]
+    rows = lambda texts: tuple(tensor.to(device) for tensor in pad_rows(texts, extra=0))
+    batches = lambda pairs: [
+        rows([pair[side] for side in ("chosen", "rejected") for pair in pairs[at : at + 8]])
+        for at in range(0, len(pairs) - 7, 8)
+    ]
+    longest = lambda pair: max(len(pair["chosen"]), len(pair["rejected"]))
+    prompts = [ids(256) for _ in range(2)]
+    answers = [[prompt + [20 + k] + ids(63) for k in range(4)] for prompt in prompts]
+    ranked = [pair for texts in answers for pair in itertools.combinations(texts, 2)]
+    ranked = [rows([pair[side] for side in (0, 1) for pair in ranked])]
+    samples = [rows([prompts[0] + [20 + k] + ids(63) for k in range(8)])]
+    by_length = batches(sorted(pairs, key=longest))
+    rng.shuffle(by_length)
+    return {
+        "pairs in random order; rows padded to the longest": (batches(pairs), batches(pairs), True),
+        "the same; rows in batches of like length": (by_length, batches(pairs), True),
+        "4 answers to one prompt, all 6 pairs, 2 prompts": (ranked, ranked, True),
+        "8 samples of one prompt scored, no gradient": (samples, samples, False),
     }
-    count = size * len(groups(pairs))
-    computed = []
-    hook = model.rwtransformer.register_forward_pre_hook(
-        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    tokens, memory = {}, {}
-    for name, steps in tqdm(ways.items(), desc="warming up", leave=False):  # every shape is met once
-        computed.clear()
-        memory[name] = max(peak_above_start(run, device) for run in steps)
-        tokens[name] = sum(computed) / count
-    hook.remove()
-    times = {name: [] for name in ways}
-    for _ in tqdm(range(arguments.repeats), desc="measuring", leave=False):
-        for name, steps in ways.items():
-            times[name].append(sum(seconds(run, device) for run in steps))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    like, ideal = (
-        median["two rows of like length"],
-        statistics.mean(train_reward.cost(pair, model) for pair in pairs),
-    )
+
+
+def benchmark_steps(arguments):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = benchmark_model(arguments, device)
+    model.loss_on = arguments.loss_on
+    cases = benchmark_cases(arguments, model, tokenizer, device)
+    calls = counted(model)
+
+    def run(batches, share, trains):
+        model.share_prefix = share
+        for batch in batches:
+            model.zero_grad()
+            if trains:
+                model(*batch)["loss"].backward()
+            else:
+                with torch.no_grad():
+                    model.forward_value(*batch, return_value_only=True)
+
+    times, memory, tokens = {}, {}, {}
+    for repeat in tqdm(range(arguments.repeats + 1), desc="measuring", leave=False):  # the first to warm up
+        for name, (rows, once, trains) in cases.items():
+            for share, batches in ((False, rows), (True, once)):
+                calls.clear()
+                took, peak = measured(functools.partial(run, batches, share, trains), device)
+                times.setdefault((name, share), []).append(took)
+                memory[name, share], tokens[name, share] = peak, sum(calls)
     cores = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"\n1. A training step, forward and backward: {parameters:.0f}M parameters, {arguments.dtype}, {cores}, {count} pairs, "
-          f"batch {size}; p + 2 (e - p) is {ideal:.0f} tokens; median of {arguments.repeats}")  # fmt: skip
-    print("| way | pairs a second | speed | tokens a pair | peak MiB |\n| --- | --- | --- | --- | --- |")
-    for name in ways:
-        print(
-            f"| {name} | {count / median[name]:.2f} | {like / median[name]:.2f} | {tokens[name]:.0f} | {memory[name]:.0f} |"
-        )
-    promised = tokens["two rows of like length"] / tokens["shared prefix, like length"]
-    gained = like / median["shared prefix, like length"]
-    print(
-        f"The ratio of tokens promises {promised:.2f}, the clock gives {gained:.2f}: {gained / promised:.2f} of it."
-    )
+    print(f"\n1. {parameters:.0f}M parameters, {arguments.dtype}, loss on {arguments.loss_on}, {cores}, batch 8, "
+          f"median of {arguments.repeats}; rows over each token once\n")  # fmt: skip
+    print("| case | tokens | time | peak MiB, rows and once |\n| --- | --- | --- | --- |")
+    for name in cases:
+        fewer = tokens[name, False] / tokens[name, True]
+        ratios = [rows / once for rows, once in zip(times[name, False][1:], times[name, True][1:])]
+        print(f"| {name} | {fewer:.2f} | {statistics.median(ratios):.2f} | "
+              f"{memory[name, False]:.0f}, {memory[name, True]:.0f} |")  # fmt: skip
 
-    rows = groups(by_length)[len(by_length) // size // 2]
-    model.share_prefix, batch, hidden = True, collate(rows), {}
-    whole, rest = [], []
-    forward = model.rwtransformer.forward
-    for repeat in range(arguments.repeats + 1):
-        model.zero_grad()
-        took = seconds(lambda: model(**batch)["loss"].backward(), device)
+    batch, states = cases[next(iter(cases))][1][0], {}
+    model.share_prefix, backbone = True, model.rwtransformer.forward
 
-        def without_backbone(input_ids, **kwargs):
-            shape = (*input_ids.shape, model.v_head.in_features)
-            if "states" not in hidden:
-                hidden["states"] = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
-            return (hidden["states"],)
+    def without_backbone(input_ids, **kwargs):
+        if "hidden" not in states:
+            states["hidden"] = torch.randn(*input_ids.shape, model.v_head.in_features, device=device)
+            states["hidden"] = states["hidden"].to(model.v_head.weight.dtype).requires_grad_()
+        return (states["hidden"],)
 
+    shares = []
+    for _ in range(arguments.repeats + 1):
+        whole = measured(lambda: run([batch], True, True), device)[0]
         model.rwtransformer.forward = without_backbone
-        model(**batch)["loss"].backward()
-        alone = seconds(lambda: model(**batch)["loss"].backward(), device)
-        model.rwtransformer.forward = forward
-        if repeat:
-            whole.append(took)
-            rest.append(alone)
-    print(
-        f"\n2. Everything that is not the backbone: {100 * statistics.median(rest) / statistics.median(whole):.2f}% of a step."
-    )
+        run([batch], True, True)
+        shares.append(measured(lambda: run([batch], True, True), device)[0] / whole)
+        model.rwtransformer.forward = backbone
+    print(f"\n2. Laying out, head, loss: {100 * statistics.median(shares[1:]):.2f}% of a step.")
 
 
 LOAD = """
@@ -1900,62 +1833,46 @@ print(time.perf_counter() - start, test_critic.resident("VmHWM") - memory)
 """
 
 
-def benchmark_load(arguments):
+def benchmark_load():
+    found = {"plain": [], "create_critic_model": []}
     with tempfile.TemporaryDirectory() as folder:
         config = AutoConfig.for_model(
-            "llama",
-            vocab_size=32000,
-            hidden_size=1024,
-            intermediate_size=2816,
-            num_hidden_layers=22,
+            "llama", vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=22,
             num_attention_heads=16,
-        )
+        )  # fmt: skip
         model = RewardModel(AutoModel.from_config(config), argparse.Namespace(pad_token_id=0))
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         write_deepspeed_chat(Path(folder) / "reward", model)
         del model
-        found = {"plain": [], "create_critic_model": []}
-        for _ in tqdm(range(3), desc="loading", leave=False):
-            for way, results in found.items():
-                command = [sys.executable, "-c", LOAD, way, str(Path(folder) / "reward")]
-                run = subprocess.run(
-                    command,
-                    cwd=HERE,
-                    check=True,
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                )
-                results.append([float(word) for word in run.stdout.split()[-2:]])
-        (plain, plain_memory), (ours, memory) = (
-            [statistics.median(column) for column in zip(*results)] for results in found.values()
-        )
-    print(f"\n3. Loading a checkpoint of {parameters:.0f}M parameters in float32, median of 3")
+        for _, way in itertools.product(tqdm(range(3), desc="loading", leave=False), found):
+            command = [sys.executable, "-c", LOAD, way, str(Path(folder) / "reward")]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            run = subprocess.run(command, cwd=HERE, check=True, text=True, **pipes)
+            found[way].append([float(word) for word in run.stdout.split()[-2:]])
+    print(f"\n3. Loading a checkpoint of {parameters:.0f}M parameters in float32, median of 3\n")
     print("| way | seconds | peak MiB above the start |\n| --- | --- | --- |")
-    print(f"| build, `torch.load`, `load_state_dict` | {plain:.2f} | {plain_memory:.0f} |")
-    print(f"| `create_critic_model(..., rlhf_training=True)` | {ours:.2f} | {memory:.0f} |")
-    print(f"{plain / ours:.1f} times faster, {memory / plain_memory:.2f} of the memory.")
+    ways = ("build, `torch.load`, `load_state_dict`", "`create_critic_model(..., rlhf_training=True)`")
+    for way, results in zip(ways, found.values()):
+        seconds, memory = (statistics.median(column) for column in zip(*results))
+        print(f"| {way} | {seconds:.2f} | {memory:.0f} |")
 
 
 def benchmark():
     parser = argparse.ArgumentParser(description="The benchmark: ratios measured side by side in one run.")
     parser.add_argument("--model", help="a decoder's folder or hub id (default: a Llama made on the spot)")
     parser.add_argument(
-        "--data", help="preference pairs, .jsonl or .jsonl.gz (default: dialogue-like ones made on the spot)"
+        "--data", help="pairs, .jsonl[.gz], for --model's tokenizer (default: made on the spot)"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--pairs", type=int, default=32, help="pairs to measure")
+    parser.add_argument("--loss_on", default="tokens", choices=["tokens", "end"])
+    parser.add_argument("--pairs", type=int, default=24, help="pairs of the first two cases")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--length", type=int, default=180, help="longest row, about, of the pairs made on the spot"
-    )
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=6, help="of the Llama made on the spot")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(os.cpu_count())
     benchmark_steps(arguments)
-    benchmark_load(arguments)
+    benchmark_load()
 
 
 if __name__ == "__main__":
