@@ -1748,8 +1748,8 @@ def benchmark_cases(arguments, model, tokenizer, device):
     prompts = [ids(256) for _ in range(2)]
     answers = [[prompt + [20 + k] + ids(63) for k in range(4)] for prompt in prompts]
     ranked = [pair for texts in answers for pair in itertools.combinations(texts, 2)]
-    ranked = [rows([pair[side] for side in (0, 1) for pair in ranked])]
-    samples = [rows([prompts[0] + [20 + k] + ids(63) for k in range(8)])]
+    ranked = [rows([pair[side] for side in (0, 1) for pair in ranked])] * 2
+    samples = [rows([prompts[0] + [20 + k] + ids(63) for k in range(8)])] * 10
     by_length = batches(sorted(pairs, key=longest))
     rng.shuffle(by_length)
     return {

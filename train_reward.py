@@ -412,7 +412,8 @@ def log(engine: DeepSpeedEngine, file: IO[str], metrics: dict[str, Any]) -> None
     engine.monitor.write_events(known)
     if "eval_loss" in metrics:
         line = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        tqdm.write(f"step {engine.global_steps}: {line}")
+        tell = tqdm.write if sys.stderr.isatty() else print  # in a file the former draws the bar anew
+        tell(f"step {engine.global_steps}: {line}")
 
 
 def take_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | None:
