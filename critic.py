@@ -37,6 +37,11 @@ TREE_ATTENTION = "prefix_tree"  # `tree_attention` below, in transformers' regis
 UNREAD = torch.iinfo(torch.long).max  # no token id
 
 
+def is_causal(config: PretrainedConfig) -> bool:
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    return getattr(config, "is_causal", True) is not False and not both_ways
+
+
 def align(
     input_ids: Tensor, attention_mask: Tensor | None, pad_id: int, num_padding_at_beginning: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,7 +62,7 @@ def align(
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         shapes = f"{tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
         raise ValueError(f"attention_mask has shape {shapes}: pass the same shape")
-    ids = input_ids.cpu()
+    ids = input_ids.cpu().long()
     content = ids != pad_id if attention_mask is None else attention_mask.cpu().bool()  # (R, T)
     T = ids.size(1)
     t = torch.arange(T)
@@ -70,7 +75,10 @@ def align(
     length = T - content.flip(1).int().argmax(1) - start
     columns = (t + start[:, None]) % T
     is_key = torch.ones_like(content) if attention_mask is None else content.gather(1, columns)
-    return ids.gather(1, columns).masked_fill(t >= length[:, None], pad_id), is_key, columns, length
+    ids = ids.gather(1, columns).masked_fill(t >= length[:, None], pad_id)
+    if ids.min() < 0:
+        raise ValueError("input_ids has ids below 0 in its content: pass token ids, not labels")
+    return ids, is_key, columns, length
 
 
 class PrefixTree:
@@ -92,7 +100,7 @@ class PrefixTree:
         ids, columns (N,): the tokens, and where they stand in their rows. keys_before (N,): OPT's positions.
         index (R, E): which of the N tokens stands there; arbitrary where nobody reads.
         query_counts, key_counts: how many tokens each owning row owns, and how many it may look at.
-        keys: the latter, row after row, as indices into the N. distances: of each row (queries, keys), in columns.
+        keys: the latter, row after row, as indices into the N. query_columns, key_columns: of each of these rows.
     """
 
     def __init__(self, ids: Tensor, is_key: Tensor, read: Tensor, device: torch.device) -> None:
@@ -113,16 +121,18 @@ class PrefixTree:
         self.keys_before = (seen.cumsum(1) * seen - 1)[owned].to(device)
         self.query_counts, self.key_counts = owned.sum(1).tolist(), seen.sum(1).tolist()
         self.keys = number[seen].to(device)
-        key_columns = t.expand_as(rows)[seen].split(self.key_counts)
-        self.distances = [q[:, None] - k for q, k in zip(columns.split(self.query_counts), key_columns)]
+        self.query_columns = columns.split(self.query_counts)
+        self.key_columns = t.expand_as(rows)[seen].split(self.key_counts)
         self.masks: dict[int | None, list[Tensor | None]] = {}
 
     def masks_within(self, window: int | None) -> list[Tensor | None]:
         """Each row's (1, 1, queries, keys), True where a key is seen; None where `is_causal` says the same."""
         if window not in self.masks:  # made by the first layer that asks
-            seen = [((d >= 0) & (d < (window or UNREAD)))[None, None] for d in self.distances]
-            plain = [mask.equal(torch.ones_like(mask).tril()) for mask in seen]
-            self.masks[window] = [None if p else m.to(self.ids.device) for p, m in zip(plain, seen)]
+            self.masks[window] = []
+            for q, k in zip(self.query_columns, self.key_columns):
+                whole = q[0] == 0 and k[-1] == len(k) - 1 and not (window and window < len(q))
+                seen = None if whole else ((d := q[:, None] - k) >= 0) & (d < (window or UNREAD))
+                self.masks[window].append(None if whole else seen[None, None].to(self.ids.device))
         return self.masks[window]
 
 
@@ -148,6 +158,8 @@ def tree_attention(
     sdpa = transformers.AttentionInterface()["sdpa"]
     if tree is None:
         return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
+    if sliding_window is None:
+        sliding_window = getattr(module, "sliding_window", None)  # Qwen2-MoE has it, and does not pass it
     queries = query.split(tree.query_counts, 2)
     keys, values = (x.index_select(2, tree.keys).split(tree.key_counts, 2) for x in (key, value))
     attended = []
@@ -189,9 +201,7 @@ def ranking_loss(rewards: Tensor, length: Tensor, divergence: Tensor, loss_on: s
 
 class ValueHead(nn.Linear):
     """`nn.Linear(H, 1, bias=False)`, in float32 if asked: bf16 scores near 4 move in steps of 0.03 and tie.
-
-    The cast lies in the module's own forward because ZeRO-3 gathers its weight only there.
-    """
+    The cast lies in the module's own forward because ZeRO-3 gathers its weight only there."""
 
     def __init__(self, width: int, in_float32: bool, **factory: Any) -> None:
         super().__init__(width, 1, bias=False, **factory)
@@ -217,8 +227,6 @@ class RewardModel(nn.Module):
     Attributes:
         loss_on: "tokens" (DeepSpeed-Chat) or "end" (InstructGPT, TRL): see `ranking_loss`.
         share_prefix: compute each token once where that is known to be equal: see `PrefixTree`.
-
-    Raises ValueError: a tokenizer without a padding token.
     """
 
     def __init__(
@@ -238,7 +246,7 @@ class RewardModel(nn.Module):
         self.loss_on = "tokens"
         self.share_prefix = True
         by_interface = base_model._supports_attention_backend and self.config._attn_implementation == "sdpa"
-        if self.config.model_type in TREE_FAMILIES and by_interface:
+        if self.config.model_type in TREE_FAMILIES and by_interface and is_causal(self.config):
             base_model.set_attn_implementation(TREE_ATTENTION)
         self.rwtransformer = base_model
         # OPT-350m's output is narrower than its hidden_size.
@@ -260,7 +268,6 @@ class RewardModel(nn.Module):
         Args:
             input_ids (2B, T): chosen rows, then the rejected ones in the same order.
             attention_mask (2B, T): 1 at content. Without one padding is told by PAD, and is seen as a key.
-            use_cache, others: the original's; rows are scored whole, by all heads, at their own positions.
 
         Returns loss (), and the end scores chosen_mean_scores and rejected_mean_scores (B,).
 
@@ -316,8 +323,8 @@ class RewardModel(nn.Module):
         return {"values": values, "chosen_end_scores": rewards.gather(1, last).squeeze(1)}
 
     def _align(self, input_ids: Tensor, attention_mask: Tensor | None, **others: None) -> tuple[Tensor, ...]:
-        if any(value is not None for value in others.values()):
-            raise ValueError(f"{', '.join(others)}: not supported, leave out all but None")
+        if given := [name for name, value in others.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)}: not supported, leave it out")
         return align(input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning)
 
     def _rewards(self, ids: Tensor, is_key: Tensor, read: Tensor, device: torch.device) -> Tensor:
@@ -351,10 +358,7 @@ def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
     """Backbone and head in one piece: the file is mapped, and nothing initialised that it then overwrites.
-
-    Args:
-        trained: a reward checkpoint, of which every key must fit; else a base model, which lacks just the head.
-    """
+    `trained`: a reward checkpoint, of which every key must fit; else a base model, which lacks just the head."""
     theirs = reward_class(config)
     prefix = theirs.base_model_prefix
 
@@ -391,10 +395,8 @@ def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, traine
 
 
 def load_for_zero3(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
-    """The same on rank 0; elsewhere memory that its weights are sent into as ZeRO-3 partitions them.
-
-    Rank 0 tells the others what is wrong: a bad key is an error on every rank, and never a hang.
-    """
+    """The same on rank 0; elsewhere memory that its weights are sent into as ZeRO-3 partitions them. Rank 0 tells
+    the others what is wrong: a bad key is an error on every rank, and never a hang."""
     model, told = None, [None, {}]
     if dist.get_rank() == 0:
         try:
@@ -431,8 +433,7 @@ def read_config(path: str, dropout: float | None) -> PretrainedConfig:
         config.is_encoder_decoder
         or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         or type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-        or getattr(config, "is_causal", True) is False
-        or getattr(config, "use_bidirectional_attention", None)
+        or not is_causal(config)
     ):
         raise ValueError(f"{path} is a {config.model_type} model: a critic needs a causal decoder")
     if dropout is not None:
@@ -497,9 +498,7 @@ def save_critic_model(
 
     Every rank calls it; under ZeRO-3 parameters are gathered one by one, and rank 0 alone writes. The folder
     is written beside its place and moved in, the weights last: what `output_dir` held stays whole until then.
-
-    Args:
-        model: a RewardModel or the DeepSpeed engine around it, at any ZeRO stage.
+    `model` is a RewardModel or the DeepSpeed engine around it, at any ZeRO stage.
 
     Raises OSError: `output_dir` cannot be written. ValueError: the family's class has another head than ours.
     """

@@ -72,6 +72,7 @@ FAMILIES = {
     "mixtral": ("mixtral", GATED | {"num_local_experts": 2, "sliding_window": None}, True),
     "qwen2": ("qwen2", GATED, True),
     "qwen2_moe": ("qwen2_moe", MOE | {"num_experts": 2, "num_experts_per_tok": 1}, True),
+    "qwen2_moe-window": ("qwen2_moe", MOE | {"num_experts": 2, "num_experts_per_tok": 1, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}, True),
     "qwen3": ("qwen3", GATED | {"head_dim": 16}, True),
     "qwen3_next": ("qwen3_next", MOE | {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}, False),
     "gemma": ("gemma", GATED | {"head_dim": 16}, True),
@@ -280,6 +281,7 @@ BAD_CALLS = {
     "prompt_length 1": (lambda m: m.forward_value(IDS, prompt_length=1), "prompt_length is 1"),
     "prompt_length beyond": (lambda m: m.forward_value(IDS, prompt_length=10), "prompt_length is 10"),
     "loss_on": (lambda m: (setattr(m, "loss_on", "mean"), m(IDS)), "loss_on is 'mean'"),
+    "labels for ids": (lambda m: m(IDS.where(IDS != IDS[0, 3], -100)), "ids below 0"),
     "past_key_values": (lambda m: m(IDS, past_key_values=()), "past_key_values: not supported"),
     "head_mask": (lambda m: m.forward_value(IDS, head_mask=torch.ones(2, 2)), "head_mask: not supported"),
 }  # fmt: skip
@@ -332,6 +334,22 @@ def test_eager_attention_runs_plain_rows(name, tokenizer):
     ids, mask = pad_rows(random_rows(1), "left")
     assert_same_as_reference(model, ids, mask, atol=1 if name == "mistral-window" else 1e-5)
     assert calls[-1] >= 6 * max(map(len, random_rows(1)))
+
+
+def test_what_is_not_causal_runs_plain_rows(tokenizer):
+    for config in ({"is_causal": False}, {"use_bidirectional_attention": True}):
+        model = make_model("gemma3", tokenizer, **config)
+        calls = counted(model)
+        model(*pad_rows(random_rows(1)))
+        assert calls[0] == 6 * max(map(len, random_rows(1)))
+
+
+def test_ids_of_any_integer_type(tokenizer):
+    ids, mask = pad_rows(random_rows(1))
+    model = make_model("llama", tokenizer)
+    assert (
+        model(ids.int(), mask.bool())["loss"] == model(ids, mask.float())["loss"] == model(ids, mask)["loss"]
+    )
 
 
 row_of_ids = st.lists(st.integers(0, 5), min_size=1, max_size=12)
