@@ -998,7 +998,7 @@ def test_loop_metrics_go_through_deepspeeds_monitor(trained, training):
 
 def test_loop_one_rank_tells_and_a_log_file_gets_two_lines_a_minute(trained):
     said = trained[1][2, 0][2]
-    assert said.count("3 steps an epoch; 0 pairs") == said.count("critic saved: load it") == 1
+    assert said.count("3 steps an epoch, which skip 0 pairs") == said.count("critic saved: load it") == 1
     assert said.count("step 12: eval_loss") == 1
     minutes, seconds = re.findall(r"training: +\d+%.*?\[(\d+):(\d+)<", said)[-1]
     lines = len(re.findall(r"training: +\d+%", said))
@@ -1012,12 +1012,12 @@ def test_loop_the_end_shows_the_reward_at_each_word(trained):
     held_out, runs = trained
     said = runs[2, 3][2].splitlines()
     shown = [line for line in said if re.match(r"(chosen|rejected), end score", line)]
-    assert [line.split(",")[0] for line in shown] == ["chosen", "chosen", "rejected", "rejected"]
+    assert [line.split(",")[0] for line in shown] == ["chosen", "rejected"] * 2
     rows = [json.loads(line) for line in Path(held_out).read_text().splitlines()]
     output = runs[2, 3][0]
     tokenizer = AutoTokenizer.from_pretrained(output)
     model = create_critic_model(str(output), tokenizer, None, rlhf_training=True).eval()
-    for line, (side, row) in zip(shown, itertools.product(("chosen", "rejected"), rows[:2])):
+    for line, (row, side) in zip(shown, itertools.product(rows[:2], ("chosen", "rejected"))):
         words = re.findall(WORD, line)
         assert [word.split("(")[0] for word in words] == row[side].split()
         ids = torch.tensor([tokenizer(row["prompt"] + row[side])["input_ids"] + [1]])
@@ -1086,7 +1086,7 @@ def test_loop_ranks_see_disjoint_pairs_and_lose_only_the_last_incomplete_step(tr
     data = write_rows(tmp_path / "some.jsonl", make_pairs(21))
     arguments = [*training(tmp_path / "out", 0, 2, train_micro_batch_size_per_gpu=2), "--data_path", data]
     run = launch(script, *arguments, "--num_train_epochs", "2", "--save_interval", "0", SEEN=str(tmp_path))
-    assert "2 steps an epoch; 5 pairs, others in each, are left over" in run.stdout
+    assert "2 steps an epoch, which skip 5 pairs" in run.stdout
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     for epoch in (0, 1):
         mine = [[row for batch in rank[4 * epoch : 4 * epoch + 4] for row in batch] for rank in seen]
@@ -1502,6 +1502,7 @@ def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
     for name, (code, message, _) in drive(cases, tmp_path).items():
         assert code == 1 and "put it back" in message
         assert name in message and "the number of ranks" in message
+        assert ("the data" in message) == (name == "the data")
     assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
 
 

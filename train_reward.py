@@ -90,7 +90,8 @@ def blame(message: str) -> Any:
     try:
         yield
     except Exception as error:
-        raise SystemExit(f"train_reward.py: error: {message} ({' '.join(str(error).split())})") from error
+        why = re.sub(r"For further information visit \S+", "", str(error))  # pydantic's
+        raise SystemExit(f"train_reward.py: error: {message} ({' '.join(why.split())})") from error
 
 
 def bar(*args: Any, **options: Any) -> tqdm:
@@ -278,14 +279,15 @@ def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dic
 def show_rewards(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> None:
     """Print two pairs word by word from where they part, each word with the reward at its last token."""
     engine.eval()
-    batch = collate(pairs[:2], tokenizer, engine.device)
+    pairs = list({pair["prompt"]: pair for pair in pairs}.values())[:2]
+    batch = collate(pairs, tokenizer, engine.device)
     rewards = engine.module.forward_value(**batch, return_value_only=True)
     style = "\033[4{0}m{1}\033[0m" if sys.stdout.isatty() else "{1}({2:+.1f})"
-    sides = itertools.product(("chosen", "rejected"), pairs[:2])
-    for (side, pair), values, mask in zip(sides, rewards, batch["attention_mask"].bool()):
-        ids, words, values = pair[side], [], values[mask].tolist()
-        texts = [tokenizer.decode(ids[:t]) for t in range(len(ids))]  # without EOS
-        for t in range(len(os.path.commonprefix([pair["chosen"], pair["rejected"]])), len(ids) - 1):
+    for (n, pair), side in itertools.product(enumerate(pairs), ("chosen", "rejected")):
+        row = n + len(pairs) * (side == "rejected")
+        values = rewards[row][batch["attention_mask"][row].bool()].tolist()
+        texts, words = [tokenizer.decode(pair[side][:t]) for t in range(len(values) + 1)], []
+        for t in range(len(os.path.commonprefix([pair["chosen"], pair["rejected"]])), len(values)):
             piece = texts[t + 1][len(texts[t]) :]
             before = words.pop()[0] if words and not piece[:1].isspace() else ""
             words.append((before + piece, values[t]))
@@ -321,6 +323,7 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
         train_pairs, eval_pairs = split_by_prompt(train_pairs, args.eval_fraction, args.seed)
     if shared := {pair["prompt"] for pair in train_pairs} & {pair["prompt"] for pair in eval_pairs}:
         print(f"warning: {len(shared)} prompts of the held-out data are in the training data too")
+    print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
     if not eval_pairs:
         refuse("0 held-out pairs remain: see what was left out, pass more data or a larger --max_seq_len")
     set_seed(args.seed)
@@ -339,7 +342,7 @@ def find_checkpoint(args: argparse.Namespace, ds_config: dict[str, Any], pairs: 
     A folder that holds a run is refused without `--resume`, one that holds a run of other things with it.
     """
     flags = ("model_name_or_path", "seed", "num_train_epochs", "dropout", "compute_fp32_loss", "loss_on")
-    tokens = json.dumps([(pair["chosen"], pair["rejected"]) for pair in pairs])
+    tokens = json.dumps(sorted((pair["chosen"], pair["rejected"]) for pair in pairs))  # however it was split
     decides = {f"--{name}": str(getattr(args, name)) for name in flags}
     decides |= {f"{name} in the DeepSpeed config": json.dumps(value) for name, value in ds_config.items()}
     decides["the data"] = hashlib.sha256(tokens.encode()).hexdigest()
@@ -456,7 +459,7 @@ def main() -> None:
 
     state = engine.load_checkpoint(str(checkpoint.parent), checkpoint.name)[1] if checkpoint else {}
     file = open_metrics(output_dir / "metrics.jsonl", state.get("metrics_bytes", 0))
-    print(f"{epoch_steps} steps an epoch; {len(train_pairs) % count} pairs, others in each, are left over")
+    print(f"{epoch_steps} steps an epoch, which skip {len(train_pairs) % count} pairs, others in each epoch")
     if checkpoint is None:
         log(engine, file, evaluate(engine, eval_pairs, tokenizer))
     progress = bar(total=total_steps, initial=engine.global_steps, desc="training")
