@@ -188,8 +188,9 @@ def reference_rewards(model, ids, mask, n, T):
     first, last = reference_content(ids, mask, n)
     padding = T - (last + 1 - first)
     row = ids[first : last + 1] + [PAD] * padding
-    bits = None if mask is None else torch.tensor([mask[first : last + 1] + [0] * padding])
-    hidden = model.rwtransformer(input_ids=torch.tensor([row]), attention_mask=bits, use_cache=False)[0]
+    # Twice, since transformers 4.57 hides padding from Qwen3-Next only where there is more than one row.
+    bits = None if mask is None else torch.tensor([mask[first : last + 1] + [0] * padding] * 2)
+    hidden = model.rwtransformer(input_ids=torch.tensor([row] * 2), attention_mask=bits, use_cache=False)[0]
     return model.v_head(hidden)[0, :, 0], last + 1 - first, row
 
 
@@ -308,7 +309,7 @@ def counted(model):
 
 @pytest.mark.parametrize("loss_on", ["tokens", "end"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_token_is_computed_once_and_equals_the_plain_loop(name, loss_on, tokenizer):
+def test_each_token_is_computed_once_and_equals_plain_rows(name, loss_on, tokenizer):
     model = make_model(name, tokenizer).train()
     model.loss_on, calls = loss_on, counted(model)
     tree = FAMILIES[name][2] and model.rwtransformer._supports_attention_backend
@@ -356,7 +357,7 @@ row_of_ids = st.lists(st.integers(0, 5), min_size=1, max_size=12)
 RANDOM_MODELS = {}
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.integers(1, 3).flatmap(lambda B: st.lists(row_of_ids, min_size=2 * B, max_size=2 * B)),
     prefix=st.lists(st.integers(0, 5), max_size=40),
@@ -366,7 +367,7 @@ RANDOM_MODELS = {}
     loss_on=st.sampled_from(["tokens", "end"]),
     name=st.sampled_from(["llama", "opt", "bloom"]),
 )
-def test_random_rows_equal_the_plain_loop(rows, prefix, side, masked, n, loss_on, name, tokenizer):
+def test_random_rows_equal_plain_rows(rows, prefix, side, masked, n, loss_on, name, tokenizer):
     model = RANDOM_MODELS.setdefault(name, make_model(name, tokenizer).eval())
     model.loss_on, model.num_padding_at_beginning = loss_on, n
     ids, mask = pad_rows([prefix + row for row in rows], side, extra=1)
@@ -1201,8 +1202,13 @@ for name, rlhf, stage in ((folder, True, 0), (folder, True, 3), (grown, False, 3
         assert parameter.ds_numel and torch.isfinite(parameter.ds_tensor).all(), key
     engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
     engine.eval()
+    assert not model.rwtransformer.training
     with torch.no_grad():
-        results[name + str(stage)] = engine.module.forward_value(ids, return_value_only=True).tolist()
+        values = engine.module.forward_value(ids, return_value_only=True)
+    first = values.clone()
+    torch.distributed.broadcast(first, 0)
+    assert torch.equal(first, values)  # buffers too are rank 0's
+    results[name + str(stage)] = values.tolist()
     critic.save_critic_model(engine, tokenizer, f"{output}-{len(results)}")
 message = None
 try:
