@@ -1197,12 +1197,12 @@ ids = torch.tensor([[3, 4, 5, 0], [3, 6, 0, 0]])
 for name, rlhf, stage in ((folder, True, 0), (folder, True, 3), (grown, False, 3)):
     tokenizer = AutoTokenizer.from_pretrained(grown if name == grown else folder)
     model = critic.create_critic_model(name, tokenizer, ds_config, rlhf_training=rlhf, zero_stage=stage)
+    assert not model.rwtransformer.training  # on any rank, as `from_pretrained` leaves it
     for key, parameter in model.named_parameters():
         assert parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel() == 0, key
         assert parameter.ds_numel and torch.isfinite(parameter.ds_tensor).all(), key
     engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
     engine.eval()
-    assert not model.rwtransformer.training
     with torch.no_grad():
         values = engine.module.forward_value(ids, return_value_only=True)
     first = values.clone()
