@@ -8,6 +8,7 @@ Without arguments a small critic learns, offline, to tell Python's reference man
 import argparse
 import contextlib
 import fcntl
+import functools
 import gzip
 import hashlib
 import io
@@ -462,12 +463,13 @@ def main() -> None:
     print(f"{epoch_steps} steps an epoch, which skip {len(train_pairs) % count} pairs, others in each epoch")
     if checkpoint is None:
         log(engine, file, evaluate(engine, eval_pairs, tokenizer))
+    shuffled = functools.lru_cache(1)(lambda epoch: in_order(train_pairs, args.seed + epoch))
     progress = bar(total=total_steps, initial=engine.global_steps, desc="training")
     engine.train()
     for step in range(engine.global_steps, total_steps):
         began, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64, device=engine.device)
         at = (step % epoch_steps * ranks + rank) * share
-        pairs = in_order(train_pairs, args.seed + step // epoch_steps)[at : at + share]
+        pairs = shuffled(step // epoch_steps)[at : at + share]
         for number in range(accumulation):
             # Dropout depends on seed, batch and rank alone: a resumed run draws what the first would have.
             torch.manual_seed(args.seed + (step * accumulation + number) * ranks + rank)
