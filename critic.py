@@ -9,6 +9,7 @@ row; E the most columns that are read; N distinct tokens of a batch; H the hidde
 
 import contextlib
 import copy
+import itertools
 import os
 import re
 import shutil
@@ -21,14 +22,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 
-# Families measured equal to plain rows (test_critic.py): all layers are causal attention over given positions, full
-# or in a sliding window, through transformers' AttentionInterface. Others run plain rows, since wrong is worse than
-# slow: ALiBi counts columns (BLOOM, MPT, Falcon); attention is local, linear or code of their own (GPT-Neo, GPT-J,
-# Falcon, StableLM, Qwen3-Next); sdpa cannot soft-cap scores (Gemma 2).
+# Families measured equal to plain rows (test_critic.py): all layers are causal attention over positions that
+# are given, full or in a window, through transformers' AttentionInterface. Others run plain rows, as wrong is
+# worse than slow: ALiBi counts columns (BLOOM, MPT, Falcon); attention is local, linear or their own
+# (GPT-Neo, GPT-J, Falcon, StableLM, Qwen3-Next); sdpa cannot soft-cap scores (Gemma 2).
 TREE_FAMILIES = {
     "opt", "gpt2", "gpt_bigcode", "gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3",
     "gemma", "gemma3_text", "phi", "phi3", "olmo2", "starcoder2", "deepseek_v3", "granite", "cohere",
@@ -47,13 +49,13 @@ def align(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Move each row's content to column 0, so that left, right and no padding are one case.
 
-    With a mask, content runs from its first 1 to its last 1. Without, from the first to the last id that is not
-    PAD, and `num_padding_at_beginning` ids before: OPT begins every text with BOS, and with pad = eos BOS is PAD
-    (DeepSpeedExamples #455). An interior PAD, such as the eos of an earlier turn, ends nothing.
+    With a mask, content runs from its first 1 to its last 1. Without, from the first id that is not PAD to
+    the last, and `num_padding_at_beginning` ids before: OPT begins every text with BOS, and with pad = eos
+    BOS is PAD (DeepSpeedExamples #455). An interior PAD, such as the eos of an earlier turn, ends nothing.
 
     Returns, on the host, where a batch is laid out (a GPU is waited for here and nowhere else):
-        ids (R, T): PAD behind the content. is_key (R, T): where attention may look: all of it without a mask, as
-        in the original. columns (R, T): where each came from. length (R,): content tokens.
+        ids (R, T): PAD behind the content. is_key (R, T): where attention may look; without a mask all
+        over, as in the original. columns (R, T): where each came from. length (R,): content tokens.
 
     Raises ValueError: a wrong shape, or a row without content.
     """
@@ -85,22 +87,22 @@ class PrefixTree:
     """Each distinct (prefix, token) of a batch, once: all that a causal model has to compute.
 
     A token's hidden state depends on the tokens before it in its row and on nothing else, so rows that begin
-    alike share their states. Sorted, such rows are neighbours, and a row *owns* what it does not share with the
-    row above, from the first difference to its end:
+    alike share their states. Sorted, such rows are neighbours, and a row *owns* what it does not share with
+    the row above, from the first difference to its end:
 
         rows    P Q a b      owned    P Q a b      tokens, N = 7    P Q a b c d R
                 P Q a c d             . . . c d    columns          0 1 2 3 3 4 1
                 P R                   . R
 
     Args:
-        ids, is_key (R, E): aligned at column 0, as from `align`. read (R,): tokens of each row that are read.
-        device: where the model computes.
+        ids, is_key (R, E): as from `align`. read (R,): tokens of each row that are read. device: the model's.
 
     Attributes:
         ids, columns (N,): the tokens, and where they stand in their rows. keys_before (N,): OPT's positions.
         index (R, E): which of the N tokens stands there; arbitrary where nobody reads.
-        query_counts, key_counts: how many tokens each owning row owns, and how many it may look at.
-        keys: the latter, row after row, as indices into the N. query_columns, key_columns: of each of these rows.
+        keys: the tokens that each owning row may look at, row after row, as indices into the N.
+        blocks: (rows, queries, keys) of neighbours of one shape, as answers of one length are: one sdpa call.
+        query_columns, key_columns: (rows, queries) and (rows, keys) of each block.
     """
 
     def __init__(self, ids: Tensor, is_key: Tensor, read: Tensor, device: torch.device) -> None:
@@ -110,7 +112,7 @@ class PrefixTree:
         rows, row_of = torch.unique(marked, dim=0, return_inverse=True)  # sorted; identical rows become one
         differs = F.pad(rows[1:] != rows[:-1], (0, 0, 1, 0), value=True)
         owned = (differs.cumsum(1) > 0) & (rows != UNREAD)
-        # Numbered row by row. A token's owner is the last row so far that owns its column: the highest number.
+        # Numbered row by row. A token's owner is the last row that owns its column so far: the highest one.
         number = torch.where(owned, owned.flatten().cumsum(0).view_as(owned) - 1, 0).cummax(0).values
         self.index = number[row_of].to(device)
 
@@ -119,54 +121,62 @@ class PrefixTree:
         ids, columns = rows[owned], t.expand_as(rows)[owned]
         self.ids, self.columns = torch.where(ids < 0, ~ids, ids).to(device), columns.to(device)
         self.keys_before = (seen.cumsum(1) * seen - 1)[owned].to(device)
-        self.query_counts, self.key_counts = owned.sum(1).tolist(), seen.sum(1).tolist()
         self.keys = number[seen].to(device)
-        self.query_columns = columns.split(self.query_counts)
-        self.key_columns = t.expand_as(rows)[seen].split(self.key_counts)
+        shapes = itertools.groupby(zip(owned.sum(1).tolist(), seen.sum(1).tolist()))
+        self.blocks = [(len(list(rows)), *shape) for shape, rows in shapes]
+        self.query_columns = self.of_blocks(columns, 1)
+        self.key_columns = self.of_blocks(t.expand_as(rows)[seen], 2)
         self.masks: dict[int | None, list[Tensor | None]] = {}
 
+    def of_blocks(self, x: Tensor, which: int) -> list[Tensor]:
+        """(N, ...) or (keys, ...) of all rows, to (rows, queries, ...) or (rows, keys, ...) of each block."""
+        pieces = x.split([block[0] * block[which] for block in self.blocks])
+        return [piece.unflatten(0, (block[0], -1)) for piece, block in zip(pieces, self.blocks)]
+
     def masks_within(self, window: int | None) -> list[Tensor | None]:
-        """Each row's (1, 1, queries, keys), True where a key is seen; None where `is_causal` says the same."""
+        """Of each block (rows, 1, queries, keys): True where a key is seen; None where `is_causal` does."""
         if window not in self.masks:  # made by the first layer that asks
             self.masks[window] = []
             for q, k in zip(self.query_columns, self.key_columns):
-                whole = q[0] == 0 and k[-1] == len(k) - 1 and not (window and window < len(q))
-                seen = None if whole else ((d := q[:, None] - k) >= 0) & (d < (window or UNREAD))
-                self.masks[window].append(None if whole else seen[None, None].to(self.ids.device))
+                whole = torch.equal(q, k) and not (window and window < q.size(1))
+                seen = None if whole else ((d := q[:, :, None] - k[:, None]) >= 0) & (d < (window or UNREAD))
+                self.masks[window].append(None if whole else seen[:, None].to(self.ids.device))
         return self.masks[window]
 
 
 def tree_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    tree: PrefixTree | None = None,
-    sliding_window: int | None = None,
-    **options: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention row by row, the only place where tokens meet: a row's own queries over the keys of its path.
 
     Args:
-        query, key, value (1, heads, N, D): position embeddings applied. tree: without one, transformers' sdpa.
-        sliding_window: columns that a query of this layer looks back, its own included. A padding query further
-            than that behind the content sees no key, and gets zeros.
+        query (1, heads, N, D), key, value (1, groups, N, D): a group of heads shares keys (arXiv:2305.13245).
+        options: what a layer passes, and `tree`, a PrefixTree: without it this is transformers' sdpa. With a
+            `sliding_window` a query sees so many columns, its own included; a padding query further than that
+            behind the content sees no key, and gets zeros.
 
     Returns (1, N, heads, D), and None for the attention weights.
     """
-    sdpa = transformers.AttentionInterface()["sdpa"]
+    tree, window = options.pop("tree", None), options.get("sliding_window")
     if tree is None:
-        return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
-    if sliding_window is None:
-        sliding_window = getattr(module, "sliding_window", None)  # Qwen2-MoE has it, and does not pass it
-    queries = query.split(tree.query_counts, 2)
-    keys, values = (x.index_select(2, tree.keys).split(tree.key_counts, 2) for x in (key, value))
-    attended = []
-    for q, k, v, mask in zip(queries, keys, values, tree.masks_within(sliding_window)):
-        options["is_causal"] = mask is None
-        attended.append(sdpa(module, q, k, v, mask, **options)[0])
-    return torch.cat(attended, 1), None
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
+    if window is None:
+        window = getattr(module, "sliding_window", None)  # Qwen2-MoE has it, and does not pass it
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads or groups, D)
+    heads, groups, D = query.size(1), key.size(1), query.size(2)
+    queries = tree.of_blocks(query, 1)
+    keys, values = (tree.of_blocks(x.index_select(0, tree.keys), 2) for x in (key, value))
+    attended, settings = [], {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
+    for q, k, v, seen in zip(queries, keys, values, tree.masks_within(window)):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (rows, heads or groups, tokens, D)
+        if seen is None:
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **settings)
+        else:  # few kernels take groups and a mask: a group's heads become more queries of one head
+            q, seen = q.reshape(len(q), groups, -1, D), seen.repeat(1, 1, heads // groups, 1)
+            x = F.scaled_dot_product_attention(q, k, v, seen, **settings)
+        x = x.reshape(len(q), heads, -1, v.size(3))  # (rows, heads, tokens, D)
+        attended.append(x.transpose(1, 2).flatten(0, 1))
+    return torch.cat(attended)[None], None
 
 
 transformers.AttentionInterface.register(TREE_ATTENTION, tree_attention)
@@ -181,7 +191,7 @@ def ranking_loss(rewards: Tensor, length: Tensor, divergence: Tensor, loss_on: s
     as InstructGPT (arXiv:2203.02155). An identical pair gives log 2 and no gradient.
 
     Args:
-        rewards (2B, E): aligned at column 0. length (2B,). divergence (B,): the row's end for an identical pair.
+        rewards (2B, E): aligned at column 0. length (2B,). divergence (B,): an identical pair's is its end.
 
     Returns loss (), end scores (2B,).
     """
@@ -232,7 +242,7 @@ class RewardModel(nn.Module):
     def __init__(
         self,
         base_model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         num_padding_at_beginning: int = 0,
         compute_fp32_loss: bool = False,
     ) -> None:
@@ -242,7 +252,6 @@ class RewardModel(nn.Module):
         self.config = base_model.config
         self.PAD_ID = tokenizer.pad_token_id
         self.num_padding_at_beginning = num_padding_at_beginning
-        self.compute_fp32_loss = compute_fp32_loss
         self.loss_on = "tokens"
         self.share_prefix = True
         by_interface = base_model._supports_attention_backend and self.config._attn_implementation == "sdpa"
@@ -348,9 +357,7 @@ def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """transformers' `...ForSequenceClassification` of a family, made of its parts where there is none."""
     theirs = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if theirs is None:
-        base = transformers.MODEL_MAPPING[
-            type(config)
-        ].__base__  # of GraniteModel GranitePreTrainedModel, ...
+        base = transformers.MODEL_MAPPING[type(config)].__base__  # GranitePreTrainedModel, ...
         name = base.__name__.replace("PreTrainedModel", "ForSequenceClassification")
         theirs = type(name, (GenericForSequenceClassification, base), {})
     return theirs
@@ -358,7 +365,7 @@ def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
     """Backbone and head in one piece: the file is mapped, and nothing initialised that it then overwrites.
-    `trained`: a reward checkpoint, of which every key must fit; else a base model, which lacks just the head."""
+    `trained`: a reward checkpoint, of which every key must fit; else a base model, which lacks the head."""
     theirs = reward_class(config)
     prefix = theirs.base_model_prefix
 
@@ -368,7 +375,7 @@ def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, traine
 
     renamed = {
         r"^rwtra(?:nsformer|nrsformer)\.": f"{prefix}.",  # DeepSpeed-Chat's name, and its older spelling
-        rf"^(?:v_head|{getattr(config, 'value_head_prefix', 'v_head')})\.": "score.",  # OpenRLHF names its own
+        rf"^(?:v_head|{getattr(config, 'value_head_prefix', 'v_head')})\.": "score.",  # OpenRLHF's name
         rf"^(?!{prefix}\.|score\.)(.+)": rf"{prefix}.\1",  # a decoder that was saved by itself
     }
     options = {"key_mapping": renamed, "ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -395,8 +402,8 @@ def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, traine
 
 
 def load_for_zero3(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
-    """The same on rank 0; elsewhere memory that its weights are sent into as ZeRO-3 partitions them. Rank 0 tells
-    the others what is wrong: a bad key is an error on every rank, and never a hang."""
+    """The same on rank 0; elsewhere memory that its weights are sent into as ZeRO-3 partitions them. Rank 0
+    tells the others what is wrong: a bad key is an error on every rank, and never a hang."""
     model, told = None, [None, {}]
     if dist.get_rank() == 0:
         try:
@@ -429,12 +436,9 @@ def override_dropout(config: PretrainedConfig, dropout: float) -> None:
 
 def read_config(path: str, dropout: float | None) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(path, num_labels=1)
-    if (
-        config.is_encoder_decoder
-        or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        or type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-        or not is_causal(config)
-    ):
+    decoder = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    both_ways = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or not is_causal(config)
+    if both_ways or not decoder:
         raise ValueError(f"{path} is a {config.model_type} model: a critic needs a causal decoder")
     if dropout is not None:
         override_dropout(config, dropout)
@@ -443,7 +447,7 @@ def read_config(path: str, dropout: float | None) -> PretrainedConfig:
 
 def create_critic_model(
     model_name_or_path: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     ds_config: dict[str, Any] | None,
     num_padding_at_beginning: int = 0,
     rlhf_training: bool = False,
@@ -491,9 +495,7 @@ def create_critic_model(
     return model
 
 
-def save_critic_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, output_dir: str | os.PathLike
-) -> None:
+def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | os.PathLike) -> None:
     """Write the critic as transformers' `AutoModelForSequenceClassification` reads it; so do TRL and vLLM.
 
     Every rank calls it; under ZeRO-3 parameters are gathered one by one, and rank 0 alone writes. The folder
@@ -527,9 +529,7 @@ def save_critic_model(
         dist.barrier()
 
 
-def write_folder(
-    final: Path, shell: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
-) -> None:
+def write_folder(final: Path, shell: PreTrainedModel, state: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     beside = final / ".writing"
     try:
         shutil.rmtree(beside, ignore_errors=True)

@@ -19,6 +19,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import statistics
@@ -32,8 +33,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -44,6 +43,7 @@ torch.set_num_threads(1)  # the models are tiny: threads would only wait for eac
 HERE = Path(__file__).parent
 PAD, VOCAB = 0, 96
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
+SIDES = ("chosen", "rejected")
 
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -53,42 +53,33 @@ GATED = SIZES | {"intermediate_size": 48, "num_key_value_heads": 1, "pad_token_i
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
 MOE = GATED | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 # name: (model_type, config, whether each token is computed once)
-FAMILIES = {
+FAMILIES = {name: (name, GATED, True) for name in ("llama", "qwen2", "olmo2", "granite", "cohere")}
+FAMILIES |= {name: (name, GATED | {"head_dim": 16}, True) for name in ("qwen3", "gemma")}
+FAMILIES |= {name: (name, GPT2, True) for name in ("gpt2", "gpt_bigcode")}
+FAMILIES |= {
     "opt": ("opt", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": PAD}, True),
     "opt-350m": ("opt", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16, "pad_token_id": PAD}, True),
-    "gpt2": ("gpt2", GPT2, True),
     "gptj": ("gptj", GPT2 | {"rotary_dim": 8}, False),
     "gpt_neo": ("gpt_neo", {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8, "max_position_embeddings": 256}, False),
     "gpt_neox": ("gpt_neox", SIZES | {"intermediate_size": 48}, True),
-    "gpt_bigcode": ("gpt_bigcode", GPT2, True),
     "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2}, False),
     "mpt": ("mpt", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 256}, False),
     "falcon": ("falcon", SIZES | {"alibi": False}, False),
     "falcon-alibi": ("falcon", SIZES | {"alibi": True}, False),
-    "llama": ("llama", GATED, True),
     "llama-dynamic": ("llama", GATED | {"max_position_embeddings": 24, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, True),
     "mistral": ("mistral", GATED | {"sliding_window": None}, True),
     "mistral-window": ("mistral", GATED | {"sliding_window": 8}, True),
     "mixtral": ("mixtral", GATED | {"num_local_experts": 2, "sliding_window": None}, True),
-    "qwen2": ("qwen2", GATED, True),
-    "qwen2_moe": ("qwen2_moe", MOE | {"num_experts": 2, "num_experts_per_tok": 1}, True),
     "qwen2_moe-window": ("qwen2_moe", MOE | {"num_experts": 2, "num_experts_per_tok": 1, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}, True),
-    "qwen3": ("qwen3", GATED | {"head_dim": 16}, True),
     "qwen3_next": ("qwen3_next", MOE | {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}, False),
-    "gemma": ("gemma", GATED | {"head_dim": 16}, True),
-    "gemma2": ("gemma2", GATED | {"head_dim": 16, "sliding_window": 256}, False),
     "gemma2-window": ("gemma2", GATED | {"head_dim": 16, "sliding_window": 8}, False),
     "gemma3": ("gemma3_text", GATED | {"head_dim": 16, "sliding_window": 256}, True),
     "gemma3-window": ("gemma3_text", GATED | {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, True),
     "phi": ("phi", SIZES | {"intermediate_size": 48}, True),
-    "phi3": ("phi3", GATED, True),
     "phi3-window": ("phi3", GATED | {"sliding_window": 8}, True),
-    "stablelm": ("stablelm", GATED, False),
-    "olmo2": ("olmo2", GATED, True),
     "starcoder2": ("starcoder2", GATED | {"sliding_window": 8}, True),
     "deepseek_v3": ("deepseek_v3", MOE | {"num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}, True),
-    "granite": ("granite", GATED, True),
-    "cohere": ("cohere", GATED, True),
+    "stablelm": ("stablelm", GATED, False),
 }  # fmt: skip
 PLAIN = ["opt", "opt-350m", "llama", "gpt2", "gpt_neox", "bloom", "qwen3"]
 
@@ -103,6 +94,12 @@ def tokenizer():
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+
+
+def longer_by(count, tokenizer):
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens([f"new{index}" for index in range(count)])
+    return longer
 
 
 def make_config(name, **overrides):
@@ -131,10 +128,9 @@ def make_model(name, tokenizer, attention=None, n=0, fp32=False, **overrides):
 def random_rows(seed, B=3, longest=28, pads=True):
     """2B rows that begin alike in every way: answers to one prompt, three levels of turns, a row that is
     another's beginning or its twin, one token, PAD inside. The first and the last token are content."""
-    rng = random.Random(seed)
+    rng, rows = random.Random(seed), []
     ids = lambda low, high: [rng.randrange(2, VOCAB - 8) for _ in range(rng.randint(low, high))]
     turns = list(itertools.accumulate([[], ids(1, 9), ids(1, 6), ids(1, 4)]))
-    rows = []
     for _ in range(2 * B):
         row = rng.choice(turns) + ids(1, longest - len(turns[-1]))
         if rows and rng.random() < 0.3:
@@ -142,11 +138,8 @@ def random_rows(seed, B=3, longest=28, pads=True):
             row = row[: rng.randint(1, len(row))] + ids(0, 2) * rng.randint(0, 1)
         if pads and rng.random() < 0.2:
             row[rng.randrange(len(row))] = PAD
-        rows.append(
-            ([3] if row[0] == PAD else row[:1])
-            + row[1:-1]
-            + ([4] if row[-1] == PAD else row[-1:]) * (len(row) > 1)
-        )
+        row[0], row[-1] = row[0] or 3, row[-1] or 4
+        rows.append(row)
     return rows
 
 
@@ -154,9 +147,8 @@ def pad_rows(rows, side="right", extra=3):
     """(ids, mask); `extra` columns more than the longest row."""
     T = max(map(len, rows)) + extra
     fill = lambda row, gap: row + gap if side == "right" else gap + row
-    gaps = [T - len(row) for row in rows]
-    ids = [fill(row, [PAD] * gap) for row, gap in zip(rows, gaps)]
-    mask = [fill([1] * len(row), [0] * gap) for row, gap in zip(rows, gaps)]
+    ids = [fill(row, [PAD] * (T - len(row))) for row in rows]
+    mask = [fill([1] * len(row), [0] * (T - len(row))) for row in rows]
     return torch.tensor(ids), torch.tensor(mask)
 
 
@@ -230,17 +222,14 @@ def reference_tokens(input_ids, attention_mask, loss_on, n=0):
     return len(found)
 
 
-def assert_same_as_reference(model, ids, mask, n=0, atol=1e-5):
+def assert_same_as_reference(model, ids, mask, n=0):
     loss, scores = reference_loss(model, ids, mask, model.loss_on, n)
     output = model(ids, mask)
-    same(output["loss"], loss, "loss", atol)
-    same(
-        torch.cat([output["chosen_mean_scores"], output["rejected_mean_scores"]]), scores, "end scores", atol
-    )
-    want, got = gradients(model, loss), gradients(model, output["loss"])
-    for name, value in want.items():
-        same(got[name], value, f"gradient of {name}", atol)
-    return output
+    same(output["loss"], loss, "loss")
+    same(torch.cat([output[f"{side}_mean_scores"] for side in SIDES]), scores, "end scores")
+    found = gradients(model, output["loss"])
+    for name, value in gradients(model, loss).items():
+        same(found[name], value, f"gradient of {name}")
 
 
 # ---- the model ----
@@ -250,8 +239,7 @@ def test_shapes_and_names(tokenizer):
     for name in PLAIN:
         model = make_model(name, tokenizer)
         ids, mask = pad_rows(random_rows(8))
-        output = model(ids, mask)
-        shapes = [output[key].shape for key in ("loss", "chosen_mean_scores", "rejected_mean_scores")]
+        shapes = [value.shape for value in model(ids, mask).values()]
         assert shapes == [(), (3,), (3,)]
         values = model.forward_value(ids, mask, prompt_length=2)
         assert values["values"].shape == ids.shape and values["chosen_end_scores"].shape == (6,)
@@ -301,135 +289,107 @@ def test_bad_calls_say_what_is_wrong(call, tokenizer):
 def counted(model):
     """A list that grows by the tokens of each call of the backbone."""
     calls = []
-    model.rwtransformer.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
+    note = lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel())
+    model.rwtransformer.register_forward_pre_hook(note, with_kwargs=True)
     return calls
+
+
+# (chosen, rejected)
+EDGES = [
+    ([3, 4, 5], [3, 4, 5]),  # identical
+    ([3, 4, 5], [6, 7]),  # nothing in common
+    ([3, 4, 5, 6], [3, 4]),  # one begins the other
+    ([3], [3, 4, 5]),
+    ([3, PAD, 4, PAD, 5], [3, PAD, 6]),  # interior PAD
+    ([3, 4, PAD, 5], [3, 4, 5]),  # PAD is the only difference
+    ([3, 4, PAD, PAD, 5], [3, 4]),  # a prefix that ends in the other's padding
+]
 
 
 @pytest.mark.parametrize("loss_on", ["tokens", "end"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_token_is_computed_once_and_equals_plain_rows(name, loss_on, tokenizer):
+    """Edges and random trees against the loop: with a mask, with holes in it, or without; padded on either side,
+    further than a window reaches; PAD at the beginning or not."""
     model = make_model(name, tokenizer).train()
     model.loss_on, calls = loss_on, counted(model)
     tree = FAMILIES[name][2] and model.rwtransformer._supports_attention_backend
-    for seed, masked, side in itertools.product(range(2), (True, False), ("left", "right")):
-        ids, mask = pad_rows(random_rows(seed + 2 * masked), side)
-        bits = mask if masked else None
-        model.share_prefix = True
+    for seed in range(60 if name in ("opt", "llama", "bloom") else 7):
+        rows = [*zip(*EDGES)] if seed < 2 else [random_rows(seed, B=1 + seed % 3)]
+        side = "left" if seed % 2 else "right"
+        ids, mask = pad_rows([list(row) for part in rows for row in part], side, extra=seed)
+        if seed % 6 == 3:
+            inside = (mask.cumsum(1) > 1) & (mask.flip(1).cumsum(1).flip(1) > 1)
+            mask = mask.masked_fill(inside & (torch.rand(mask.shape) < 0.2), 0)
+            ids = ids.where(mask == 1, 7)  # what stands under padding does not matter
+        bits, n = None if seed % 3 else mask, seed // 3 % 2
+        model.num_padding_at_beginning, model.share_prefix = n, True
         calls.clear()
         model(ids, bits), model.forward_value(ids, bits, return_value_only=True)
-        once = [reference_tokens(ids, bits, reads) for reads in (loss_on, None)]
+        once = [reference_tokens(ids, bits, reads, n) for reads in (loss_on, None)]
         assert (calls == once) == tree
-        assert_same_as_reference(model, ids, bits)
+        assert_same_as_reference(model, ids, bits, n)
         values = model.forward_value(ids, bits, return_value_only=True)
         model.share_prefix = False
         same(values, model.forward_value(ids, bits, return_value_only=True), "values")
         assert calls[-1] > once[1]
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "mistral-window", "bloom"])
-def test_eager_attention_runs_plain_rows(name, tokenizer):
-    model = make_model(name, tokenizer, "eager").eval()
-    calls = counted(model)
-    ids, mask = pad_rows(random_rows(1), "left")
-    assert_same_as_reference(model, ids, mask, atol=1 if name == "mistral-window" else 1e-5)
-    assert calls[-1] >= 6 * max(map(len, random_rows(1)))
+EAGER, BOTH_WAYS = {"attention": "eager"}, {"use_bidirectional_attention": True}
+OTHERS = [("llama", EAGER), ("opt", EAGER), ("bloom", EAGER), ("gemma3", {"is_causal": False}), ("gemma3", BOTH_WAYS)]  # fmt: skip
 
 
-def test_what_is_not_causal_runs_plain_rows(tokenizer):
-    for config in ({"is_causal": False}, {"use_bidirectional_attention": True}):
-        model = make_model("gemma3", tokenizer, **config)
-        calls = counted(model)
-        model(*pad_rows(random_rows(1)))
-        assert calls[0] == 6 * max(map(len, random_rows(1)))
+@pytest.mark.parametrize(("name", "options"), OTHERS)
+def test_eager_attention_and_what_is_not_causal_run_plain_rows(name, options, tokenizer):
+    model = make_model(name, tokenizer, **options)
+    calls, rows = counted(model), random_rows(1)
+    ids, mask = pad_rows(rows, "left")
+    model(ids, mask)
+    assert calls == [6 * max(map(len, rows))]
+    if options is EAGER:
+        assert_same_as_reference(model, ids, mask)
 
 
 def test_ids_of_any_integer_type(tokenizer):
     ids, mask = pad_rows(random_rows(1))
     model = make_model("llama", tokenizer)
-    assert (
-        model(ids.int(), mask.bool())["loss"] == model(ids, mask.float())["loss"] == model(ids, mask)["loss"]
-    )
-
-
-row_of_ids = st.lists(st.integers(0, 5), min_size=1, max_size=12)
-RANDOM_MODELS = {}
-
-
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    rows=st.integers(1, 3).flatmap(lambda B: st.lists(row_of_ids, min_size=2 * B, max_size=2 * B)),
-    prefix=st.lists(st.integers(0, 5), max_size=40),
-    side=st.sampled_from(["left", "right"]),
-    masked=st.booleans(),
-    n=st.integers(0, 2),
-    loss_on=st.sampled_from(["tokens", "end"]),
-    name=st.sampled_from(["llama", "opt", "bloom"]),
-)
-def test_random_rows_equal_plain_rows(rows, prefix, side, masked, n, loss_on, name, tokenizer):
-    model = RANDOM_MODELS.setdefault(name, make_model(name, tokenizer).eval())
-    model.loss_on, model.num_padding_at_beginning = loss_on, n
-    ids, mask = pad_rows([prefix + row for row in rows], side, extra=1)
-    if not masked and not (ids != PAD).any(1).all():
-        with pytest.raises(ValueError, match="only padding"):
-            model(ids)
-        return
-    assert torch.isfinite(assert_same_as_reference(model, ids, mask if masked else None, n)["loss"])
-
-
-@pytest.mark.parametrize("name", ["mistral-window", "gemma3-window"])
-def test_padding_further_from_the_content_than_a_window_sees_nothing(name, tokenizer):
-    """Undefined in the original. Here attention gives zeros there: finite, the same in the tree and in rows."""
-    model = make_model(name, tokenizer).train()
-    ids, mask = pad_rows([list(range(5, 45)), [5, 6, 7]])
-    for model.loss_on in ("tokens", "end"):
-        assert_same_as_reference(model, ids, mask)
-        assert all(value.isfinite().all() for value in gradients(model, model(ids, mask)["loss"]).values())
+    losses = [model(*batch)["loss"] for batch in ((ids, mask), (ids.int(), mask.bool()), (ids, mask.float()))]
+    assert losses[0] == losses[1] == losses[2]
 
 
 @pytest.mark.parametrize("fp32", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, fp32, tokenizer):
     ids, mask = pad_rows([list(range(3, 60)) + row for row in random_rows(6, pads=False)], "left")
-    exact = make_model("llama", tokenizer)
-    model = make_model("llama", tokenizer, fp32=fp32)
+    exact, model = make_model("llama", tokenizer), make_model("llama", tokenizer, fp32=fp32)
     for parameter in model.parameters():  # not the buffers, as `from_pretrained` does
         parameter.data = parameter.data.to(dtype)
-    for model.share_prefix in (True, False):
-        for bits in (mask, None):
-            output = model(ids, bits)
-            assert output["loss"].item() == pytest.approx(exact(ids, bits)["loss"].item(), rel=0.01)
-            assert {value.dtype for value in output.values()} == {torch.float32 if fp32 else dtype}
-            assert all(value.isfinite().all() for value in gradients(model, output["loss"]).values())
+    for model.share_prefix, bits in itertools.product((True, False), (mask, None)):
+        output = model(ids, bits)
+        assert output["loss"].item() == pytest.approx(exact(ids, bits)["loss"].item(), rel=0.01)
+        assert {value.dtype for value in output.values()} == {torch.float32 if fp32 else dtype}
+        assert all(value.isfinite().all() for value in gradients(model, output["loss"]).values())
     ids, mask = pad_rows(random_rows(6), extra=0)
     hidden = model.rwtransformer(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     scores = (hidden.double() @ model.v_head.weight.double().T)[range(6), mask.sum(1) - 1, 0]
-    model.share_prefix = False
     found = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"]
     assert ((found.double() - scores).abs().max() < 1e-5) == fp32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert make_model("llama", tokenizer, fp32=True)(ids, mask)["loss"].dtype == torch.float32
 
 
-def test_gradient_checkpointing_changes_no_gradient(tokenizer):
+def test_gradient_checkpointing_changes_no_gradient(tokenizer, monkeypatch):
     model = make_model("llama", tokenizer).train()
-    ids, mask = pad_rows(random_rows(6))
     model.rwtransformer.get_input_embeddings().requires_grad_(False)  # the reentrant kind would lose all
-    calls, found = [], []
-    attend = critic.PrefixTree.masks_within
-    try:
-        critic.PrefixTree.masks_within = lambda *args: calls.append(1) or attend(*args)
-        for switch in (model.gradient_checkpointing_enable, model.gradient_checkpointing_disable):
-            switch()
-            calls.clear()
-            found.append((gradients(model, model(ids, mask)["loss"]), len(calls)))
-    finally:
-        critic.PrefixTree.masks_within = attend
-    (recomputed, twice), (kept, once) = found
-    assert twice == 2 * once == 4
-    for name, value in kept.items():
-        same(recomputed[name], value, name)
+    calls, found, masks_within = [], [], critic.PrefixTree.masks_within
+    count = lambda *args: calls.append(1) or masks_within(*args)
+    monkeypatch.setattr(critic.PrefixTree, "masks_within", count)
+    for switch in (model.gradient_checkpointing_enable, model.gradient_checkpointing_disable):
+        switch()
+        found.append(gradients(model, model(*pad_rows(random_rows(6)))["loss"]))
+    assert len(calls) == 2 * 2 + 2  # of two layers, the first time forward and backward
+    for name, value in found[1].items():
+        same(found[0][name], value, name)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
@@ -445,15 +405,10 @@ def test_dropout_runs_and_an_identical_pair_has_no_gradient(name, tokenizer):
 
 def test_the_device_is_waited_for_once(tokenizer, monkeypatch):
     """On the meta device every other wait (item, tolist, nonzero, an index by mask) is an error."""
-    model = make_model("gpt2", tokenizer).to("meta")
-    host = pad_rows(random_rows(2))
+    model, host, calls = make_model("gpt2", tokenizer).to("meta"), pad_rows(random_rows(2)), []
     device = tuple(tensor.to("meta") for tensor in host)
-    calls = []
-    monkeypatch.setattr(
-        torch.Tensor,
-        "cpu",
-        lambda self: calls.append(1) or next(h for h, d in zip(host, device) if d is self),
-    )
+    to_host = lambda self: calls.append(1) or next(h for h, d in zip(host, device) if d is self)
+    monkeypatch.setattr(torch.Tensor, "cpu", to_host)
     for model.loss_on in ("tokens", "end"):
         calls.clear()
         assert model(*device)["loss"].device.type == "meta" and len(calls) == 2  # ids and mask
@@ -462,83 +417,33 @@ def test_the_device_is_waited_for_once(tokenizer, monkeypatch):
 
 # ---- the content of a row, and the loss ----
 
+LONG = [[5] * 10 + list(range(6, 46)), [5] * 10 + [50]]
+WRITTEN = {name: (name, {}, random_rows(11)) for name in PLAIN} | {
+    "gpt2, 50 positions": ("gpt2", {"n_positions": 50}, LONG),
+    "gptj, 50 positions": ("gptj", {"n_positions": 50, "rotary_dim": 8}, LONG),
+    "dynamic rope": ("llama-dynamic", {}, LONG),
+    "a window shorter than the answer": ("mistral-window", {}, LONG),
+}
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", PLAIN)
-def test_padding_is_only_a_way_to_write_a_row(name, side, tokenizer):
-    model = make_model(name, tokenizer).eval()
-    rows = random_rows(11)
-    for masked in (True, False):
-        ids, mask = pad_rows(rows, "right", 0)
-        expected = model(ids, mask if masked else None)
-        ids, mask = pad_rows(rows, side, 9)
-        output = model(ids, mask if masked else None)
-        for key in expected:
-            same(output[key], expected[key], key)
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("case", WRITTEN)
+def test_padding_is_only_a_way_to_write_a_row(case, masked, tokenizer):
+    """Left, right, none, and beyond what the backbone can take."""
+    name, overrides, rows = WRITTEN[case]
+    model, results = make_model(name, tokenizer, **overrides).eval(), []
+    for side, extra in (("right", 0), ("left", 0), ("right", 9), ("left", 40)):
+        ids, mask = pad_rows(rows, side, extra)
         values = model.forward_value(ids, mask if masked else None, prompt_length=2)
         assert not values["values"][mask == 0].any()  # 0 at padding
-        for index, row in enumerate(rows):
-            alone = model.forward_value(torch.tensor([row]), return_value_only=True)[0]
-            start = ids.size(1) - len(row) if side == "left" else 0
-            same(values["values"][index, start : start + len(row)], alone, "values")
-            same(values["chosen_end_scores"][index], alone[-1], "end score")
-
-
-NARROW = {
-    "gpt2, 50 positions": ("gpt2", {"n_positions": 50}),
-    "gptj, 50 positions": ("gptj", {"n_positions": 50, "rotary_dim": 8}),
-    "dynamic rope": ("llama-dynamic", {}),
-    "a window shorter than the answer": ("mistral-window", {}),
-}
-
-
-@pytest.mark.parametrize("name", NARROW)
-def test_padding_beyond_what_the_backbone_can_take(name, tokenizer):
-    family, overrides = NARROW[name]
-    model = make_model(family, tokenizer, **overrides).eval()
-    results = []
-    for extra in (0, 3, 40):
-        ids, mask = pad_rows([[5] * 10 + list(range(6, 46)), [5] * 10 + [50]], "right", extra)
-        values = model.forward_value(ids, mask, prompt_length=2)
-        results.append([*model(ids, mask).values(), values["chosen_end_scores"], values["values"][:, :50]])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            same(a, b)
-
-
-EDGES = {
-    "identical": ([3, 4, 5], [3, 4, 5]),
-    "nothing in common": ([3, 4, 5], [6, 7]),
-    "chosen goes on": ([3, 4, 5, 6], [3, 4]),
-    "rejected goes on": ([3], [3, 4, 5]),
-    "interior PAD": ([3, PAD, 4, PAD, 5], [3, PAD, 6]),
-    "PAD is the only difference": ([3, 4, PAD, 5], [3, 4, 5]),
-    "a prefix that ends in the other's padding": ([3, 4, PAD, PAD, 5], [3, 4]),
-}
-
-
-@pytest.mark.parametrize("loss_on", ["tokens", "end"])
-@pytest.mark.parametrize("edge", EDGES)
-def test_edges_of_a_pair(edge, loss_on, tokenizer):
-    for name in PLAIN:
-        model = make_model(name, tokenizer).eval()
-        model.loss_on = loss_on
-        chosen, rejected = EDGES[edge]
-        for side in ("left", "right"):
-            ids, mask = pad_rows([chosen, [8, 9, 10], rejected, [8, 11]], side)
-            for bits in (mask, None):
-                assert_same_as_reference(model, ids, bits)
-
-
-def test_masks_with_holes_and_foreign_ids_under_padding(tokenizer):
-    for name in ("llama", "opt", "mistral-window"):
-        model = make_model(name, tokenizer).eval()
-        ids, mask = pad_rows(random_rows(3, longest=40))
-        mask[0, 1] = mask[4, 0] = mask[1, 2] = 0
-        ids[2, -1] = 3  # under padding
-        assert mask[4].any() and mask[2, -1] == 0
-        for model.loss_on in ("tokens", "end"):
-            assert_same_as_reference(model, ids, mask)
+        ends, content = values["chosen_end_scores"], values["values"][mask == 1]
+        results.append([*model(ids, mask if masked else None).values(), ends, content])
+    for a, b in itertools.product(results[:1], results[1:]):
+        assert all(same(x, y) is None for x, y in zip(a, b, strict=True))
+    if name != "llama-dynamic":  # it depends on the longest row
+        alone = [model.forward_value(torch.tensor([row]), return_value_only=True)[0] for row in rows]
+        same(torch.cat(alone), content)
+        same(torch.stack([values[-1] for values in alone]), ends)
 
 
 def test_a_long_tail_in_fp16_does_not_overflow():
@@ -558,11 +463,20 @@ def write_base(folder, name, tokenizer, **overrides):
 
 
 def write_deepspeed_chat(folder, model, spelling="rwtransformer"):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     state = {key.replace("rwtransformer", spelling): value for key, value in model.state_dict().items()}
     torch.save(state, folder / "pytorch_model.bin")
     model.config.save_pretrained(folder)
     return str(folder)
+
+
+def read_critic(folder, tokenizer=None, ds_config=None):
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    return create_critic_model(str(folder), tokenizer, ds_config, rlhf_training=True).eval()
+
+
+def end_scores(model, ids, mask):
+    return model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"]
 
 
 def assert_same_weights(a, b):
@@ -573,18 +487,15 @@ def assert_same_weights(a, b):
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama-dynamic"])
 @pytest.mark.filterwarnings("ignore:transformers has no sequence classification")
 def test_round_trip_and_transformers_own_class(name, tokenizer, tmp_path):
-    model = create_critic_model(write_base(tmp_path / "base", name, tokenizer), tokenizer, None).eval()
-    with torch.no_grad():
-        model.v_head.weight.normal_()
-    output = tmp_path / "critic"
+    model, output = make_model(name, tokenizer).eval(), tmp_path / "critic"
     save_critic_model(model, tokenizer, output)
     with pytest.warns(UserWarning, match="a fresh one replaces"):
         create_critic_model(str(output), tokenizer, None)
-    loaded = create_critic_model(str(output), AutoTokenizer.from_pretrained(output), None, rlhf_training=True)
+    loaded = read_critic(output)
     assert_same_weights(loaded, model)
     ids, mask = pad_rows(random_rows(12))
-    scores = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"]
-    same(loaded.eval().forward_value(ids, mask, prompt_length=2)["chosen_end_scores"], scores)
+    scores = end_scores(model, ids, mask)
+    same(end_scores(loaded, ids, mask), scores)
     config = json.loads((output / "config.json").read_text())
     assert config["pad_token_id"] == PAD and (config.get("dtype") or config.get("torch_dtype")) == "float32"
     assert config["architectures"][0].endswith("ForSequenceClassification")
@@ -598,15 +509,15 @@ def test_round_trip_and_transformers_own_class(name, tokenizer, tmp_path):
     same(theirs.eval()(input_ids=ids, attention_mask=mask).logits[:, 0], scores, "their logits")
 
 
-FORMS = ["deepspeed-chat", "older spelling", "transformers", "sharded", ".bin", "openrlhf"]
+FORMS = ["rwtransformer", "rwtranrsformer", "transformers", "sharded", ".bin", "openrlhf"]
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "bloom", "gpt2"])
 @pytest.mark.parametrize("form", FORMS)
 def test_reward_checkpoints_of_others(form, name, tokenizer, tmp_path):
     model, folder = make_model(name, tokenizer).eval(), tmp_path / "reward"
-    if form in ("deepspeed-chat", "older spelling"):
-        write_deepspeed_chat(folder, model, "rwtransformer" if form == "deepspeed-chat" else "rwtranrsformer")
+    if form.startswith("rwtra"):  # DeepSpeed-Chat's spelling, and its older one
+        write_deepspeed_chat(folder, model, form)
     else:
         config = make_config(name, num_labels=1, pad_token_id=PAD)
         theirs = AutoModelForSequenceClassification.from_config(config)
@@ -614,16 +525,21 @@ def test_reward_checkpoints_of_others(form, name, tokenizer, tmp_path):
         theirs.score.load_state_dict(model.v_head.state_dict())
         theirs.save_pretrained(folder, max_shard_size="20KB" if form == "sharded" else "5GB")
         assert (len(list(folder.glob("*.safetensors"))) > 1) == (form == "sharded")
-        state = theirs.state_dict()
-        if form == "openrlhf":
-            left = json.loads((folder / "config.json").read_text())
-            left = {key: left[key] for key in left.keys() - {"num_labels", "id2label", "label2id"}}
-            (folder / "config.json").write_text(json.dumps(left | {"value_head_prefix": "value_head"}))
-            state = {key.replace("score.", "value_head."): value for key, value in state.items()}
+        head = "value_head" if form == "openrlhf" else "score"
+        if form == "openrlhf":  # it writes no number of labels (OpenRLHF #1039)
+            make_config(name, pad_token_id=PAD, value_head_prefix=head).save_pretrained(folder)
         if form in ("openrlhf", ".bin"):
             (folder / "model.safetensors").unlink()
+            state = {key.replace("score.", f"{head}."): value for key, value in theirs.state_dict().items()}
             torch.save(state, folder / "pytorch_model.bin")
-    assert_same_weights(create_critic_model(str(folder), tokenizer, {}, rlhf_training=True), model)
+    assert_same_weights(read_critic(folder, tokenizer), model)
+
+
+def damage(folder, change):
+    state = torch.load(Path(folder, "pytorch_model.bin"))
+    change(state)
+    torch.save(state, Path(folder, "pytorch_model.bin"))
+    return folder
 
 
 OLD_BUFFERS = {"gptj": "h.0.attn.bias", "gpt2": "h.1.attn.masked_bias", "gpt_neo": "h.0.attn.attention.bias"}
@@ -634,24 +550,14 @@ def test_buffers_that_transformers_once_saved_are_passed_over(name, tokenizer, t
     model = make_model(name, tokenizer)
     folder = write_deepspeed_chat(tmp_path / "reward", model)
     damage(folder, lambda s: s.update({f"rwtransformer.{OLD_BUFFERS[name]}": torch.ones(1, 1, 256, 256)}))
-    assert_same_weights(create_critic_model(folder, tokenizer, {}, rlhf_training=True), model)
+    assert_same_weights(read_critic(folder, tokenizer), model)
 
 
 class Payload:
-    """Pickled, it makes a folder when it is loaded."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
+    """Pickled, it makes the folder `ran` when it is loaded."""
 
     def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
-def damage(folder, change):
-    state = torch.load(Path(folder, "pytorch_model.bin"))
-    change(state)
-    torch.save(state, Path(folder, "pytorch_model.bin"))
-    return folder
+        return os.mkdir, ("ran",)
 
 
 def cut(path, data=None):
@@ -660,7 +566,16 @@ def cut(path, data=None):
     return str(path.parent)
 
 
+def as_bin(folder, change=lambda state: None):
+    """Turn a folder's weights into a pickle."""
+    state = transformers.modeling_utils.load_state_dict(f"{folder}/model.safetensors")
+    Path(folder, "model.safetensors").unlink()
+    torch.save({key: value.clone() for key, value in state.items()}, f"{folder}/pytorch_model.bin")
+    return Path(damage(folder, change), "pytorch_model.bin")
+
+
 NORM = "rwtransformer.norm.weight"
+# name: (what is done to a reward checkpoint and a base model, and which is loaded; what the message holds)
 BAD_CHECKPOINTS = {
     "a missing key": (lambda f, b: damage(f, lambda s: s.pop(NORM)), r"missing model\.norm\.weight"),
     "an unexpected key": (lambda f, b: damage(f, lambda s: s.update({"rwtransformer.extra": torch.ones(1)})), r"unexpected .*extra"),
@@ -669,54 +584,53 @@ BAD_CHECKPOINTS = {
     "two labels": (lambda f, b: damage(f, lambda s: s.update({"v_head.weight": torch.ones(2, 32)})), r"mismatched .*score\.weight"),
     "no head": (lambda f, b: damage(f, lambda s: s.pop("v_head.weight")), "rlhf_training=False"),
     "a base model": (lambda f, b: b, "missing score.weight.*rlhf_training=False"),
+    "a base model without a key": (lambda f, b: as_bin(b, lambda s: s.pop("norm.weight")).parent, r"missing model\.norm\.weight"),
     "no weights": (lambda f, b: (Path(f, "pytorch_model.bin").unlink(), f)[1], "model.safetensors"),
-    "a pickle with code": (lambda f, b: cut(Path(f, "pytorch_model.bin"), pickle.dumps(Payload(Path(f).parent / "ran"))), "reward cannot be read"),
+    "a pickle with code": (lambda f, b: cut(Path(f, "pytorch_model.bin"), pickle.dumps(Payload())), "reward cannot be read"),
     "a truncated .bin": (lambda f, b: cut(Path(f, "pytorch_model.bin")), "reward cannot be read"),
     "a truncated .safetensors": (lambda f, b: cut(Path(b, "model.safetensors")), "base cannot be read"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
-def test_bad_checkpoints_are_refused(case, tokenizer, tmp_path):
+def test_bad_checkpoints_are_refused(case, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
     base = write_base(tmp_path / "base", "llama", tokenizer)
     spoil, message = BAD_CHECKPOINTS[case]
+    path, trained = str(spoil(folder, base)), "without a key" not in case
     with pytest.raises(ValueError, match=message):
-        create_critic_model(spoil(folder, base), tokenizer, None, rlhf_training=True)
-    assert not (tmp_path / "ran").exists()
+        create_critic_model(path, tokenizer, None, rlhf_training=trained)
+    assert not Path("ran").exists()
 
 
-def test_a_base_model_that_lacks_a_key_is_refused(tokenizer, tmp_path):
-    base = write_base(tmp_path / "base", "llama", tokenizer)
-    state = transformers.modeling_utils.load_state_dict(f"{base}/model.safetensors")
-    Path(base, "model.safetensors").unlink()
-    torch.save({key: value for key, value in state.items() if "norm" not in key}, f"{base}/pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"missing model\.norm\.weight"):
-        create_critic_model(base, tokenizer, None)
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def write_other(folder, model_type, **sizes):
+    AutoModel.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(folder)
+    return str(folder)
 
 
 def test_bad_arguments_of_create(tokenizer, tmp_path):
     base = write_base(tmp_path / "base", "llama", tokenizer)
-    bare, longer = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    bare, longer = copy.deepcopy(tokenizer), longer_by(20, tokenizer)
     bare.pad_token = None
-    longer.add_tokens([f"new{index}" for index in range(20)])
     reward = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
-    others = {"t5": {"vocab_size": 96, "d_model": 32, "num_layers": 1}, "bert": SIZES}
-    for model_type, sizes in others.items():
-        AutoModel.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(
-            tmp_path / model_type
-        )
-    edit(Path(write_base(tmp_path / "open", "llama", tokenizer), "config.json"), is_causal=False)
+    t5 = write_other(tmp_path / "t5", "t5", vocab_size=96, d_model=32, num_layers=1)
+    bert, both_ways = write_other(tmp_path / "bert", "bert", **SIZES), tmp_path / "open"
+    edit(Path(write_base(both_ways, "llama", tokenizer), "config.json"), is_causal=False)
     for path, which, options, message in [
         (base, tokenizer, {"dropout": 1.0}, "dropout is 1.0"),
         (base, tokenizer, {"dropout": -0.1}, "dropout is -0.1"),
         (base, tokenizer, {"zero_stage": 3}, "zero_stage is 3"),
         (base, bare, {}, "pad_token_id"),
         (reward, longer, {"rlhf_training": True}, "the tokenizer has 108 tokens, the checkpoint 96"),
-        *((str(tmp_path / name), tokenizer, {}, "a critic needs a causal decoder") for name in ("t5", "bert", "open")),
+        *((path, tokenizer, {}, "a critic needs a causal decoder") for path in (t5, bert, both_ways)),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            create_critic_model(path, which, {}, **options)
+            create_critic_model(str(path), which, {}, **options)
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "mpt", "llama", "falcon"])
@@ -731,16 +645,12 @@ def test_dropout_overrides_every_field(name, tokenizer, tmp_path):
 
 
 def test_vocabulary_grows_to_a_multiple_of_8_and_never_shrinks(tokenizer, tmp_path):
-    base = write_base(tmp_path / "base", "llama", tokenizer)
+    base, longer = write_base(tmp_path / "base", "llama", tokenizer), longer_by(11, tokenizer)
     assert create_critic_model(base, tokenizer, None).config.vocab_size == VOCAB  # the tokenizer has 8 fewer
-    longer = copy.deepcopy(tokenizer)
-    longer.add_tokens([f"new{index}" for index in range(11)])
     model = create_critic_model(base, longer, BF16)
     assert len(longer) == 99 and model.rwtransformer.get_input_embeddings().weight.shape[0] == 104
     save_critic_model(model, longer, tmp_path / "critic")
-    assert_same_weights(
-        create_critic_model(str(tmp_path / "critic"), longer, BF16, rlhf_training=True), model
-    )
+    assert_same_weights(read_critic(tmp_path / "critic", longer, BF16), model)
 
 
 DTYPES = [(None, torch.float32), (BF16, torch.bfloat16), (FP16, torch.float16), ({"bf16": {"enabled": False}}, torch.float32)]  # fmt: skip
@@ -749,23 +659,18 @@ DTYPES = [(None, torch.float32), (BF16, torch.bfloat16), (FP16, torch.float16), 
 @pytest.mark.parametrize(("ds_config", "dtype"), DTYPES)
 def test_dtype_follows_ds_config(ds_config, dtype, tokenizer, tmp_path):
     model = create_critic_model(write_base(tmp_path / "base", "llama", tokenizer), tokenizer, ds_config)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     save_critic_model(model, tokenizer, tmp_path / "critic")
-    loaded = create_critic_model(str(tmp_path / "critic"), tokenizer, ds_config, rlhf_training=True)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    loaded = read_critic(tmp_path / "critic", tokenizer, ds_config)
+    assert {p.dtype for p in (*model.parameters(), *loaded.parameters())} == {dtype}
     assert_same_weights(loaded, model)
 
 
 def test_a_save_replaces_older_weights_of_any_form(tokenizer, tmp_path):
-    folder = tmp_path / "critic"
-    write_deepspeed_chat(folder, make_model("llama", tokenizer))
-    model = make_model("llama", tokenizer, seed=1)
-    save_critic_model(model, tokenizer, folder)
-    assert sorted(file.name for file in folder.glob("*model*")) == ["model.safetensors"]
-    assert not (folder / ".writing").exists()
-    talker = copy.deepcopy(tokenizer)
+    folder, model, talker = tmp_path / "critic", make_model("llama", tokenizer), copy.deepcopy(tokenizer)
+    write_deepspeed_chat(folder, model)
     talker.chat_template, talker.padding_side = "{{ messages }}", "left"
     save_critic_model(model, talker, folder)
+    assert sorted(file.name for file in folder.glob("*model*")) == ["model.safetensors"]
     saved = AutoTokenizer.from_pretrained(folder)
     assert (saved.padding_side, saved.pad_token_id, saved.chat_template) == ("left", PAD, "{{ messages }}")
     mine = {"modeling_mine.py", "model_card.md", "training_args.bin"}
@@ -773,30 +678,29 @@ def test_a_save_replaces_older_weights_of_any_form(tokenizer, tmp_path):
         (folder / name).write_text("mine")
     save_critic_model(model, tokenizer, folder)
     assert AutoTokenizer.from_pretrained(folder).chat_template is None
-    assert mine <= {file.name for file in folder.iterdir()}
+    assert mine <= {file.name for file in folder.iterdir()} and not (folder / ".writing").exists()
 
 
 def test_a_class_with_another_head_than_ours_is_refused(tokenizer, tmp_path):
     """CTRL's classification head is called otherwise: transformers would draw it at random."""
     sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": 2, "dff": 48, "n_positions": 64}
-    backbone = AutoModel.from_config(AutoConfig.for_model("ctrl", **sizes))
+    base = write_other(tmp_path / "base", "ctrl", **sizes)
+    model = RewardModel(AutoModel.from_pretrained(base), tokenizer)
     with pytest.raises(ValueError, match="another head than one linear layer"):
-        save_critic_model(RewardModel(backbone, tokenizer), tokenizer, tmp_path / "critic")
-    backbone.save_pretrained(tmp_path / "base")
+        save_critic_model(model, tokenizer, tmp_path / "critic")
     with pytest.raises(ValueError, match="missing classifier.weight"):
-        create_critic_model(str(tmp_path / "base"), tokenizer, None)
+        create_critic_model(base, tokenizer, None)
     assert not (tmp_path / "critic").exists()
 
 
 def test_a_kill_while_saving_leaves_one_whole_critic(tokenizer, tmp_path, monkeypatch):
     """Two critics are saved in turn; after each SIGKILL the folder holds one of them."""
-    models = [make_model("llama", tokenizer, seed=seed) for seed in (0, 1)]
+    models, rng = [make_model("llama", tokenizer, seed=seed) for seed in (0, 1)], random.Random(0)
     for parameter in models[1].parameters():
         parameter.data += 1
     save_critic_model(models[0], tokenizer, tmp_path / "critic")
     # A bar has a lock that all processes share, and the killed one may hold it.
     monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
-    rng = random.Random(0)
     for _ in range(12):
         child = os.fork()
         if not child:
@@ -805,17 +709,14 @@ def test_a_kill_while_saving_leaves_one_whole_critic(tokenizer, tmp_path, monkey
         time.sleep(rng.uniform(0.01, 0.2))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        found = create_critic_model(
-            str(tmp_path / "critic"), tokenizer, None, rlhf_training=True
-        ).state_dict()
+        found = read_critic(tmp_path / "critic", tokenizer).state_dict()
         assert sum(all(torch.equal(v, m.state_dict()[k]) for k, v in found.items()) for m in models) == 1
 
 
 def test_a_full_disk_names_the_folder_and_leaves_the_old_critic(tokenizer, tmp_path):
     model, folder = make_model("llama", tokenizer), tmp_path / "critic"
     save_critic_model(model, tokenizer, folder)
-    before = (folder / "model.safetensors").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, limits = (folder / "model.safetensors").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a disk with 20 kB left
     try:
         with pytest.raises(OSError, match=str(folder)):
@@ -835,75 +736,87 @@ def test_import_needs_no_deepspeed():
 # ---- the loop, on real processes ----
 
 
-def command_line(script, *arguments, ranks=2, port=29500):
-    launcher = Path(sys.executable).with_name("deepspeed")
-    words = [sys.executable, launcher, "--num_accelerators", ranks, "--master_port", port, script, *arguments]
-    return [str(word) for word in words]
-
-
 def surroundings(**environment):
     return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
 
 
-def launch(script, *arguments, ranks=2, check=True, limit=None, **environment):
-    """`deepspeed` as a user types it, with its output; with ranks=None `python`. `limit`: bytes of a file."""
-    port = free_port()
-    command = command_line(script, *arguments, ranks=ranks, port=port)
-    run = subprocess.run(
-        command if ranks else [command[0], *command[6:]], check=False, text=True, timeout=600,
-        env=surroundings(**environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
-    )  # fmt: skip
-    forget(port)
-    if check:
-        assert run.returncode == 0, run.stdout[-6000:]
-    return run
-
-
-def forget(port):
-    """DeepSpeed's CPU op leaves 66 MB of shared memory a rank behind."""
-    for file in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
-        file.unlink()
-
-
-def free_port():
+def launch(*arguments, script=HERE / "train_reward.py", ranks=2, code=0, limit=None, moment=None, victims=()):
+    """`deepspeed` as a user types it (`ranks=None`: `python`), and what it said. `code`: that of its exit, None for
+    any but 0. `limit`: bytes of a file. At the `moment` the victims get SIGKILL; the launcher must end the rest."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        port = free.getsockname()[1]
+    command = [sys.executable, script, *arguments]
+    if ranks:
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        command[1:1] = [deepspeed, "--num_accelerators", ranks, "--master_port", port]
+    command = [*(["prlimit", f"--fsize={limit}"] if limit else []), *map(str, command)]
+    with tempfile.TemporaryFile("w+") as log:
+        run = subprocess.Popen(command, env=surroundings(), stdout=log, stderr=log)
+        while moment and run.poll() is None and not moment():
+            pass
+        processes = ranks_of(run) if moment else {}
+        for rank in victims:
+            processes[rank].kill()
+        ended = run.wait(timeout=600)
+        log.seek(0)
+        said = log.read()
+    for file in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):  # DeepSpeed's CPU op leaves 66 MB a rank
+        file.unlink()
+    assert ended == code if code is not None else ended != 0, said[-6000:]
+    assert not any(process.is_running() for process in processes.values())
+    return said
+
+
+def ranks_of(run):
+    """{local rank: process} of a launcher."""
+    import psutil
+
+    children = psutil.Process(run.pid).children(recursive=True)
+    words = [(child, word) for child in children for word in child.cmdline()]
+    return {int(word[13:]): child for child, word in words if word.startswith("--local_rank=")}
+
+
+def flags(**options):
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 def write_ds_config(path, stage=0, **overrides):
     config = json.loads((HERE / "ds_config.json").read_text())
     config["optimizer"]["params"]["lr"] = 5e-5
-    config |= {
-        "train_micro_batch_size_per_gpu": 4,
-        "bf16": {"enabled": False},
-        "zero_optimization": {"stage": stage},
-    }
-    path.write_text(json.dumps(config | overrides))
-    return str(path)
+    usual = {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": False}}
+    usual["zero_optimization"] = {"stage": stage}
+    given = {key: value for key, value in (config | usual | overrides).items() if value is not None}
+    path.write_text(json.dumps(given))
+    return path
 
 
 def write_rows(path, rows):
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "wt") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    return str(path)
+    return path
 
 
-def make_pairs(count=48, seed=0, chosen="w1", rejected="w2", highest=79):
-    """Text pairs: an answer that ends with `chosen` is preferred to one that ends with `rejected`."""
-    rng, rows = random.Random(seed), []
-    words = lambda least, most: " ".join(
-        f"w{rng.randint(3, highest)}" for _ in range(rng.randint(least, most))
-    )
+def make_pairs(count=48, seed=0, highest=79, answers=1):
+    """Text pairs: an answer that ends with w1 is preferred to one that ends with w2."""
+    rng, pairs = random.Random(seed), []
+    words = lambda most: " ".join(f"w{rng.randint(3, highest)}" for _ in range(rng.randint(1, most)))
     for index in range(count):
-        answers = {"chosen": f" {words(1, 6)} {chosen}", "rejected": f" {words(1, 6)} {rejected}"}
-        rows.append({"prompt": f"{words(1, 12)} w{index % highest}"} | answers)
-    return rows
+        if index % answers == 0:
+            prompt = f"{words(12)} w{index % highest}"
+        pairs.append({"prompt": prompt, "chosen": f" {words(6)} w1", "rejected": f" {words(6)} w2"})
+    return pairs
 
 
-def read_metrics(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+def read_lines(path):
+    """The whole lines of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def read_texts(path, tokenizer):
+    """Token ids of a file's chosen texts, and of its rejected ones."""
+    texts = [[row["prompt"] + row[side] + " <eos>" for row in read_lines(path)] for side in SIDES]
+    return [tokenizer(side)["input_ids"] for side in texts]
 
 
 @pytest.fixture(scope="session")
@@ -916,43 +829,37 @@ def training(tokenizer, tmp_path_factory):
     monitor = {"csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "run"}}
 
     def arguments(output, stage=0, accumulation=2, **overrides):
-        config = folder / f"{stage}-{accumulation}-{len(overrides)}.json"
         overrides = {"gradient_accumulation_steps": accumulation} | ({} if stage else monitor) | overrides
-        return [
-            "--model_name_or_path", base, "--data_path", data, "--eval_path", held_out, "--max_seq_len", "64",
-            "--output_dir", output, "--deepspeed_config", write_ds_config(config, stage, **overrides),
-            "--num_train_epochs", "4", "--dropout", "0.1", "--save_interval", "2", "--eval_interval", "5",
-        ]  # fmt: skip
+        config = write_ds_config(folder / f"{stage}-{accumulation}-{len(overrides)}.json", stage, **overrides)
+        return flags(
+            model_name_or_path=base, data_path=data, eval_path=held_out, max_seq_len=64, output_dir=output,
+            deepspeed_config=config, num_train_epochs=4, dropout=0.1, save_interval=2, eval_interval=5,
+        )  # fmt: skip
 
-    arguments.folder = folder
+    arguments.folder, arguments.held_out = folder, held_out
     return arguments
 
 
 @pytest.fixture(scope="session")
 def trained(training):
-    """Runs on one rank, and on two at every ZeRO stage; {(ranks, stage): (output_dir, metrics, output)}."""
+    """Runs on one rank, and on two at every ZeRO stage; {(ranks, stage): (output_dir, metrics, what it said)}."""
     runs = {}
     for ranks, stage in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3)):
         output = training.folder / f"{ranks}-{stage}"
-        alone = ranks if ranks > 1 else None
-        run = launch(HERE / "train_reward.py", *training(output, stage, 4 // ranks), ranks=alone)
-        runs[ranks, stage] = (output, read_metrics(output), run.stdout)
-    return training.folder / "eval.jsonl", runs
+        said = launch(*training(output, stage, 4 // ranks), ranks=ranks if ranks > 1 else None)
+        runs[ranks, stage] = output, read_lines(output / "metrics.jsonl"), said
+    return runs
 
 
-METRICS = {
-    "step", "epoch", "loss", "accuracy", "margin", "learning_rate", "grad_norm", "skipped_steps",
-    "pairs_per_second", "tokens_per_second",
-}  # fmt: skip
-EVAL_METRICS = {
-    f"eval_{name}" for name in ("loss", "accuracy", "margin", "chosen_score", "rejected_score", "ties")
-}
+METRICS = {"step", "epoch", "loss", "accuracy", "margin", "learning_rate", "grad_norm", "skipped_steps"}
+METRICS |= {"pairs_per_second", "tokens_per_second"}
+EVALUATED = ("loss", "accuracy", "margin", "chosen_score", "rejected_score", "ties")
+EVAL_METRICS = {f"eval_{name}" for name in EVALUATED}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
-    held_out, runs = trained
-    output, metrics, _ = runs[2, stage]
+def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained, training):
+    output, metrics, _ = trained[2, stage]
     evaluations = [line for line in metrics if "eval_loss" in line]
     steps = [line for line in metrics if "loss" in line]
     assert [line["step"] for line in evaluations] == [0, 5, 10, 12]
@@ -960,72 +867,46 @@ def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
     assert set(steps[0]) == METRICS and set(evaluations[0]) == EVAL_METRICS | {"step"}
     assert steps[-1]["epoch"] == 4 and all(line["grad_norm"] > 0 for line in steps)
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    model = create_critic_model(str(output), tokenizer, None, rlhf_training=True).eval()
-    theirs = AutoModelForSequenceClassification.from_pretrained(output).eval()
-    margins, losses = [], []
-    for line in Path(held_out).read_text().splitlines():
-        row = json.loads(line)
-        texts = [tokenizer(row["prompt"] + row[side])["input_ids"] + [1] for side in ("chosen", "rejected")]
-        ids, mask = pad_rows(texts)
-        with torch.no_grad():
-            scores = model(ids, mask)
-            logits = theirs(input_ids=ids, attention_mask=mask).logits[:, 0]
-        ours = torch.cat([scores["chosen_mean_scores"], scores["rejected_mean_scores"]])
-        same(logits, ours, "their logits")
-        margins.append((ours[0] - ours[1]).item())
-        losses.append(scores["loss"].item())
-    last = evaluations[-1]
-    assert statistics.mean(margins) == pytest.approx(last["eval_margin"], abs=1e-5)
-    assert statistics.mean(margin > 0 for margin in margins) == pytest.approx(last["eval_accuracy"])
-    assert statistics.mean(losses) == pytest.approx(last["eval_loss"], abs=1e-5)
+    chosen, rejected = read_texts(training.held_out, AutoTokenizer.from_pretrained(output))
+    batch, last = pad_rows(chosen + rejected), evaluations[-1]
+    with torch.no_grad():
+        loss, chosen, rejected = read_critic(output)(*batch).values()
+        theirs = AutoModelForSequenceClassification.from_pretrained(output).eval()
+        same(theirs(*batch).logits[:, 0], torch.cat([chosen, rejected]), "their logits")
+    expected = [loss, (chosen > rejected).float().mean(), (chosen - rejected).mean(), chosen.mean()]
+    found = [last[f"eval_{name}"] for name in ("loss", "accuracy", "margin", "chosen_score")]
+    assert found == pytest.approx([value.item() for value in expected], abs=1e-5)
 
 
-def test_loop_two_ranks_evaluate_exactly_as_one(trained):
-    first = {key: runs[1][0] for key, runs in trained[1].items()}
-    assert first[2, 0] == first[2, 1] == first[2, 2] == first[1, 0]
+def test_loop_two_ranks_evaluate_exactly_as_one_and_stages_take_the_same_steps(trained):
+    losses = {key: [line["loss"] for line in run[1] if "loss" in line] for key, run in trained.items()}
+    assert all(run[1][0] == trained[1, 0][1][0] for run in trained.values() if run is not trained[2, 3])
+    assert all(losses[2, stage] == pytest.approx(losses[2, 0], abs=1e-4) for stage in (1, 2, 3))
 
 
-def test_loop_stages_take_the_same_steps(trained):
-    losses = {key: [line["loss"] for line in runs[1] if "loss" in line] for key, runs in trained[1].items()}
-    for stage in (1, 2, 3):
-        assert losses[2, stage] == pytest.approx(losses[2, 0], abs=1e-4)
+def test_loop_one_rank_tells_and_a_log_file_gets_two_lines_a_minute(trained, training):
+    said = trained[2, 0][2]
+    for once in ("3 steps an epoch, which skip 0 pairs", "critic saved: load it", "step 12: eval_loss"):
+        assert said.count(once) == 1
+    bars = re.findall(r"training: +\d+%.*?\[(\d+):(\d+)<", said)
+    minutes = int(bars[-1][0]) + int(bars[-1][1]) / 60
+    assert 1 <= len(bars) <= 3 + 2 * minutes  # the first, and the last twice
+    monitored = {file.stem for file in (training.folder / "csv").rglob("*.csv")}
+    assert {"Train_loss", "Train_eval_accuracy", "Train_grad_norm"} <= monitored
 
 
-def test_loop_metrics_go_through_deepspeeds_monitor(trained, training):
-    written = {file.stem for file in (training.folder / "csv").rglob("*.csv")}
-    assert {"Train_loss", "Train_eval_accuracy", "Train_grad_norm"} <= written
-
-
-def test_loop_one_rank_tells_and_a_log_file_gets_two_lines_a_minute(trained):
-    said = trained[1][2, 0][2]
-    assert said.count("3 steps an epoch, which skip 0 pairs") == said.count("critic saved: load it") == 1
-    assert said.count("step 12: eval_loss") == 1
-    minutes, seconds = re.findall(r"training: +\d+%.*?\[(\d+):(\d+)<", said)[-1]
-    lines = len(re.findall(r"training: +\d+%", said))
-    assert 1 <= lines <= 3 + 2 * (int(minutes) + int(seconds) / 60)  # the first, the last as tqdm closes it
-
-
-WORD = r"w\d+\([+-]\d+\.\d\)"
-
-
-def test_loop_the_end_shows_the_reward_at_each_word(trained):
-    held_out, runs = trained
-    said = runs[2, 3][2].splitlines()
-    shown = [line for line in said if re.match(r"(chosen|rejected), end score", line)]
-    assert [line.split(",")[0] for line in shown] == ["chosen", "rejected"] * 2
-    rows = [json.loads(line) for line in Path(held_out).read_text().splitlines()]
-    output = runs[2, 3][0]
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    model = create_critic_model(str(output), tokenizer, None, rlhf_training=True).eval()
-    for line, (row, side) in zip(shown, itertools.product(rows[:2], ("chosen", "rejected"))):
-        words = re.findall(WORD, line)
-        assert [word.split("(")[0] for word in words] == row[side].split()
-        ids = torch.tensor([tokenizer(row["prompt"] + row[side])["input_ids"] + [1]])
-        values = model.forward_value(ids, return_value_only=True)[0].tolist()
-        found = [float(word.split("(")[1][:-1]) for word in words]
-        assert found == pytest.approx(values[-1 - len(words) : -1], abs=0.051)
-        assert float(re.search(r"end score (\S+):", line).group(1)) == pytest.approx(values[-1], abs=1e-3)
+def test_loop_the_end_shows_the_reward_at_each_word(trained, training):
+    output, _, said = trained[2, 3]
+    shown = re.findall(r"^(?:chosen|rejected), end score (\S+): ... (.*)", said, re.MULTILINE)
+    texts = read_texts(training.held_out, AutoTokenizer.from_pretrained(output))
+    rows = read_lines(training.held_out)
+    for (end, words), (n, side) in zip(shown, itertools.product((0, 1), (0, 1)), strict=True):
+        pairs = re.findall(r"(\w+)\(([+-]\d+\.\d)\)", words)
+        assert [word for word, _ in pairs] == rows[n][SIDES[side]].split()
+        ids = torch.tensor([texts[side][n]])
+        values = read_critic(output).forward_value(ids, return_value_only=True)[0].tolist()
+        assert [float(value) for _, value in pairs] == pytest.approx(values[-1 - len(pairs) : -1], abs=0.051)
+        assert float(end) == pytest.approx(values[-1], abs=1e-3)
 
 
 # ---- the loop's data ----
@@ -1033,138 +914,110 @@ def test_loop_the_end_shows_the_reward_at_each_word(trained):
 SPEAK = "{% for m in messages %}{{ m.content }} {% endfor %}<eos>\n"
 
 
-def test_loop_every_row_form_and_the_split_by_prompt(tokenizer, tmp_path):
+def test_loop_every_row_form(tokenizer, tmp_path):
     import train_reward
 
     talker = copy.deepcopy(tokenizer)
     talker.chat_template = SPEAK
     say = lambda *texts: [{"role": "user", "content": text} for text in texts]
-    hh = "\n\nHuman: w3\n\nAssistant: "
     path = write_rows(tmp_path / "rows.jsonl", [
-        {"chosen": hh + "w4", "rejected": hh + "w4 w5"},
-        {"chosen": hh + "w6", "rejected": hh + "w7", "a column": [1]},
+        {"chosen": "\n\nHuman: w3\n\nAssistant: w4", "rejected": "\n\nHuman: w3\n\nAssistant: w4 w5"},
+        {"chosen": "\n\nHuman: w3\n\nAssistant: w6", "rejected": "\n\nHuman: w3\n\nAssistant: w7", "a column": [1]},
         {"prompt": say("w3"), "chosen": say("w4"), "rejected": say("w5")},
         {"chosen": say("w3", "w6"), "rejected": say("w3", "w7")},
         {"prompt": "w9", "ranked": [" w1", " w2", " w3", " w2"]},
         {"prompt": say("w3"), "ranked": [say("w7"), say("w8")]},
     ])  # fmt: skip
-    pairs = train_reward.read_pairs([path], "train", talker, 64)
-    ids = lambda text: tokenizer(text)["input_ids"]
-    by_line = lambda n: [pair for pair in pairs if pair["where"] == f"{path}:{n}"]
-    assert pairs[0]["prompt"] == pairs[1]["prompt"] == "\n\nHuman: w3"
-    assert len({pair["prompt"] for n in (3, 4, 6) for pair in by_line(n)}) == 1
-    assert by_line(3)[0]["chosen"] == ids("w3 w4 <eos>") and by_line(6)[0]["rejected"] == ids("w3 w8 <eos>")
-    assert pairs[0]["chosen"][-1] == pairs[0]["rejected"][-1] == tokenizer.eos_token_id
-    ranked = [(tokenizer.decode(p["chosen"][1]), tokenizer.decode(p["rejected"][1])) for p in by_line(5)]
-    assert ranked == [
-        ("w1", "w2"),
-        ("w1", "w3"),
-        ("w1", "w2"),
-        ("w2", "w3"),
-        ("w3", "w2"),
-    ]  # one is identical
-    for seed in range(5):
-        sides = train_reward.split_by_prompt(pairs, 0.3, seed)
-        assert sum(map(len, sides)) == len(pairs) and all(sides)
-        assert not {p["prompt"] for p in sides[0]} & {p["prompt"] for p in sides[1]}
+    pairs = train_reward.read_pairs([str(path)], "train", talker, 64)
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    assert [f"{pair['where'][-1]}: {decode(pair['chosen'])}, {decode(pair['rejected'])}" for pair in pairs] == [
+        "1: w3 w4, w3 w4 w5", "2: w3 w6, w3 w7", "3: w3 w4, w3 w5", "4: w3 w6, w3 w7", "5: w9 w1, w9 w2",
+        "5: w9 w1, w9 w3", "5: w9 w1, w9 w2", "5: w9 w2, w9 w3", "5: w9 w3, w9 w2", "6: w3 w7, w3 w8",
+    ]  # fmt: skip
+    texts = [pair[side] for pair in pairs for side in SIDES]
+    assert {text.index(tokenizer.eos_token_id) - len(text) for text in texts} == {-1}
+    prompts = [pair["prompt"] for pair in pairs]
+    assert set(prompts[:2]) == {"\n\nHuman: w3"} and len({prompts[n] for n in (2, 3, 9)}) == 1
 
 
-def test_loop_pairs_of_a_prompt_stand_together_in_random_order():
-    import train_reward
-
-    pairs = [{"prompt": str(n % 7), "n": n} for n in range(30)]
-    orders = [train_reward.in_order(pairs, seed) for seed in (1, 1, 2)]
-    assert orders[0] == orders[1] != orders[2]
-    for order in orders:
-        assert sorted(pair["n"] for pair in order) == list(range(30))
-        assert len(list(itertools.groupby(order, lambda pair: pair["prompt"]))) == 7
-
-
-def test_loop_ranks_see_disjoint_pairs_and_lose_only_the_last_incomplete_step(training, tmp_path):
-    """21 pairs, 2 ranks, micro-batch 2, accumulation 2: 2 steps of 8, 5 pairs over."""
-    script = tmp_path / "watch.py"
-    script.write_text(WATCH)
-    data = write_rows(tmp_path / "some.jsonl", make_pairs(21))
-    arguments = [*training(tmp_path / "out", 0, 2, train_micro_batch_size_per_gpu=2), "--data_path", data]
-    run = launch(script, *arguments, "--num_train_epochs", "2", "--save_interval", "0", SEEN=str(tmp_path))
-    assert "2 steps an epoch, which skip 5 pairs" in run.stdout
-    seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
-    for epoch in (0, 1):
-        mine = [[row for batch in rank[4 * epoch : 4 * epoch + 4] for row in batch] for rank in seen]
-        assert len(mine[0]) == len(mine[1]) == 8 and len({*mine[0], *mine[1]}) == 16
-    assert seen[0][:4] != seen[0][4:]
-
-
-# Notes the lines of each batch that is trained on.
+# Notes the lines and prompts of each batch, and for what it was made.
 WATCH = """
-import json, os, sys
-import train_reward
-seen, collate = [], train_reward.collate
+import json, os, sys, train_reward
+seen, collate = {"main": [], "evaluate": []}, train_reward.collate
 def watch(pairs, *rest):
-    if sys._getframe(1).f_code.co_name == "main":
-        seen.append([pair["where"] for pair in pairs])
+    seen.setdefault(sys._getframe(1).f_code.co_name, []).append([(pair["where"], pair["prompt"]) for pair in pairs])
     return collate(pairs, *rest)
 train_reward.collate = watch
 train_reward.main()
-json.dump(seen, open(f"{os.environ['SEEN']}/seen-{os.environ['RANK']}.json", "w"))
+json.dump(seen, open(f"{os.path.dirname(__file__)}/seen-{os.environ['RANK']}.json", "w"))
 train_reward.dist.destroy_process_group()
 """
 
 
+def test_loop_what_each_rank_sees(training, tmp_path):
+    """24 pairs of 8 prompts, 1 held out; 2 ranks, micro-batch 2, accumulation 2: 2 steps of 8, 5 pairs over."""
+    (tmp_path / "watch.py").write_text(WATCH)
+    data = write_rows(tmp_path / "some.jsonl", make_pairs(24, answers=3))
+    arguments = training(tmp_path / "out", 0, 2, train_micro_batch_size_per_gpu=2)
+    del arguments[4:6]  # held-out data
+    more = ["--num_train_epochs", "2", "--save_interval", "0", "--data_path", data]
+    assert "2 steps an epoch, which skip 5 pairs" in launch(*arguments, *more, script=tmp_path / "watch.py")
+    seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    batches = [rank["main"] for rank in seen]
+    orders = []
+    for epoch in (0, 4):  # of each step the first rank's two batches, then the second's
+        steps = [batches[rank][epoch + at : epoch + at + 2] for at in (0, 2) for rank in (0, 1)]
+        orders.append([tuple(row) for step in steps for batch in step for row in batch])
+        assert len(set(orders[-1])) == 16
+        together = [prompt for prompt, _ in itertools.groupby(orders[-1], lambda row: row[1])]
+        assert len(together) == len(set(together))  # the pairs of a prompt stand next to each other
+    assert orders[0] != orders[1]
+    held_out = {tuple(row) for rank in seen for batch in rank["evaluate"] for row in batch}
+    assert len(held_out) == 3 and not {p for _, p in held_out} & {p for order in orders for _, p in order}
+
+
 def test_loop_a_tie_is_half_right(tokenizer, tmp_path):
-    """A head of zeros: every pair ties."""
+    """A head of zeros: every pair ties. 5 pairs on two ranks: one has none of its own in the last batch."""
     model = make_model("llama", tokenizer)
-    with torch.no_grad():
-        model.v_head.weight.zero_()
+    torch.nn.init.zeros_(model.v_head.weight)
     save_critic_model(model, tokenizer, tmp_path / "flat")
+    config = write_ds_config(tmp_path / "ds.json", 3, train_micro_batch_size_per_gpu=1)
     held_out = write_rows(tmp_path / "eval.jsonl", make_pairs(5))
-    run = launch(
-        HERE / "train_reward.py", "--model_name_or_path", tmp_path / "flat", "--eval_path", held_out, "--max_seq_len", "64",
-        "--num_train_epochs", "0", "--output_dir", tmp_path / "none", "--deepspeed_config", write_ds_config(tmp_path / "ds.json", 3),
-    )  # fmt: skip
-    found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"eval_loss')))
+    options = {"max_seq_len": 64, "num_train_epochs": 0, "output_dir": tmp_path / "none"}
+    options |= {"model_name_or_path": tmp_path / "flat", "eval_path": held_out, "deepspeed_config": config}
+    said = launch(*flags(**options))
+    found = json.loads(next(line for line in said.splitlines() if line.startswith('{"eval_loss')))
     assert (found["eval_accuracy"], found["eval_ties"]) == (0.5, 5) and set(found) == EVAL_METRICS
-    assert not (tmp_path / "none").exists() and "chosen, end score +0.000" in run.stdout
+    assert not (tmp_path / "none").exists() and "chosen, end score +0.000" in said
 
 
 @pytest.fixture(scope="session")
 def demonstration(tmp_path_factory):
     """`deepspeed train_reward.py` with no data and no network: the README's first command."""
     output = tmp_path_factory.mktemp("demonstration") / "out"
-    launch(HERE / "train_reward.py", "--output_dir", output, ranks=1, OMP_NUM_THREADS="2")
+    launch("--output_dir", output, ranks=1)
     return output
 
 
 def test_loop_the_demonstration_learns(demonstration):
-    assert read_metrics(demonstration)[-1]["eval_accuracy"] >= 0.9
-    tokenizer = AutoTokenizer.from_pretrained(demonstration)
-    model = create_critic_model(str(demonstration), tokenizer, None, rlhf_training=True).eval()
-    text = "The value of the expression is used as the argument of the function call"
-    noise = "The value of hte epxresison is sued as hte raugment fo the ufncitno clal"
-    ids, mask = pad_rows([tokenizer(line + "<eos>")["input_ids"] for line in (text, noise)])
-    chosen, rejected = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"].tolist()
-    assert chosen > rejected
+    assert read_lines(demonstration / "metrics.jsonl")[-1]["eval_accuracy"] >= 0.9
+
+
+ODD = ["NUL \0 here", "\u05e9\u05dc\u05d5\u05dd \u202ertl", "a" * 100_000, "\U0001f468\u200d\U0001f469"]
 
 
 def test_loop_odd_text_trains_and_what_is_left_out_is_counted(demonstration, tmp_path):
     """On the demonstration's byte-level tokenizer."""
-    odd = [
-        "NUL \0 here",
-        "\u05e9\u05dc\u05d5\u05dd \u202ertl",
-        "a" * 100_000,
-        "\U0001f600 \U0001f468\u200d\U0001f469",
-    ]
-    rows = [
-        {"prompt": f"p{i} {text[:40]}", "chosen": f" {text}", "rejected": " no"} for i, text in enumerate(odd)
-    ]
+    row = lambda text: {"prompt": text[:40], "chosen": f" {text}", "rejected": " no"}
+    rows = [row(text) for text in ODD]
     data, held_out = write_rows(tmp_path / "odd.jsonl", rows), write_rows(tmp_path / "eval.jsonl", rows[:2])
-    run = launch(
-        HERE / "train_reward.py", "--model_name_or_path", demonstration, "--data_path", data, held_out, "--eval_path", held_out,
-        "--max_seq_len", "256", "--output_dir", tmp_path / "out", "--deepspeed_config", write_ds_config(tmp_path / "ds.json"), ranks=None,
-    )  # fmt: skip
-    assert "5 pairs of 6 rows; left out: 1 longer than 256 tokens" in run.stdout
-    assert "warning: 2 prompts of the held-out data are in the training data too" in run.stdout
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    options = {"model_name_or_path": demonstration, "max_seq_len": 256, "output_dir": tmp_path / "out"}
+    options |= {"eval_path": held_out, "deepspeed_config": write_ds_config(tmp_path / "ds.json")}
+    case = [*flags(**options), "--data_path", data, held_out]
+    code, said, _ = drive({"odd": case}, tmp_path)["odd"]
+    assert code == 0 and (tmp_path / "out" / "model.safetensors").exists()
+    assert "5 pairs of 6 rows; left out: 1 longer than 256 tokens" in said
+    assert "warning: 2 prompts of the held-out data are in the training data too" in said
 
 
 # ---- ZeRO ----
@@ -1179,7 +1032,6 @@ ds_config, results = json.load(open(arguments[0])), {}
 EPILOGUE = """
 if rank == 0:
     json.dump(results, open(output, "w"))
-torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
@@ -1187,64 +1039,64 @@ torch.distributed.destroy_process_group()
 def on_two_ranks(body, folder, *arguments):
     """Run `body` under the launcher; its `results`. The first argument is a DeepSpeed config."""
     (folder / "script.py").write_text(PROLOGUE + body + EPILOGUE)
-    launch(folder / "script.py", *arguments, folder / "results.json")
+    launch(*arguments, folder / "results.json", script=folder / "script.py")
     return json.loads((folder / "results.json").read_text())
 
 
 ZERO3 = """
-folder, grown, broken = arguments[1:]
 ids = torch.tensor([[3, 4, 5, 0], [3, 6, 0, 0]])
-for name, rlhf, stage in ((folder, True, 0), (folder, True, 3), (grown, False, 3)):
-    tokenizer = AutoTokenizer.from_pretrained(grown if name == grown else folder)
-    model = critic.create_critic_model(name, tokenizer, ds_config, rlhf_training=rlhf, zero_stage=stage)
-    assert not model.rwtransformer.training  # on any rank, as `from_pretrained` leaves it
-    for key, parameter in model.named_parameters():
-        assert parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel() == 0, key
-        assert parameter.ds_numel and torch.isfinite(parameter.ds_tensor).all(), key
-    engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
-    engine.eval()
-    with torch.no_grad():
-        values = engine.module.forward_value(ids, return_value_only=True)
-    first = values.clone()
-    torch.distributed.broadcast(first, 0)
-    assert torch.equal(first, values)  # buffers too are rank 0's
-    results[name + str(stage)] = values.tolist()
-    critic.save_critic_model(engine, tokenizer, f"{output}-{len(results)}")
-message = None
-try:
-    critic.create_critic_model(broken, AutoTokenizer.from_pretrained(folder), ds_config, rlhf_training=True)
-except ValueError as error:
-    message = str(error)
-assert "missing model.norm.weight" in message and "model.layers.0.input_layernorm.weight" in message, message
+for place in arguments[1:]:
+    for folder, rlhf, stage in ((f"{place}/reward", True, 0), (f"{place}/reward", True, 3), (f"{place}/grown", False, 3)):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=rlhf, zero_stage=stage)
+        assert not model.rwtransformer.training  # on any rank, as `from_pretrained` leaves it
+        for key, parameter in model.named_parameters():
+            assert parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel() == 0, key
+            assert parameter.ds_numel and torch.isfinite(parameter.ds_tensor).all(), key
+        engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
+        engine.eval()
+        with torch.no_grad():
+            values = engine.module.forward_value(ids, return_value_only=True)
+        first = values.clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(first, values)  # buffers too are rank 0's
+        results.setdefault(place, []).append(values.tolist())
+        critic.save_critic_model(engine, tokenizer, f"{place}/saved")
+    message = None
+    try:
+        critic.create_critic_model(f"{place}/broken", AutoTokenizer.from_pretrained(f"{place}/reward"), ds_config, rlhf_training=True)
+    except ValueError as error:
+        message = str(error)
+    assert "missing model.norm.weight" in message and "model.layers.0.input_layernorm.weight" in message, message
 """
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3"])
-def test_loop_zero3_loads_partitioned_and_refuses_on_every_rank(name, tokenizer, tmp_path):
+def test_loop_zero3_loads_partitioned_and_refuses_on_every_rank(tokenizer, tmp_path):
     """Mixtral's experts lie apart in a checkpoint; DeepSeek-V3 has a buffer in it."""
-    model = make_model(name, tokenizer).eval()
-    for name_, buffer in model.named_buffers():
-        buffer += 0.5 * torch.randn_like(buffer) if "e_score" in name_ else 0
-    save_critic_model(model, tokenizer, tmp_path / "reward")
-    folder = str(tmp_path / "reward")
-    if name == "llama":
-        folder = write_deepspeed_chat(tmp_path / "chat", model)
-    broken = write_deepspeed_chat(tmp_path / "broken", model)
-    spoiled = {"rwtransformer.layers.0.input_layernorm.weight": torch.ones(3)}
-    damage(broken, lambda s: (s.pop("rwtransformer.norm.weight"), s.update(spoiled)))
-    tokenizer.save_pretrained(folder)
-    longer = copy.deepcopy(tokenizer)
-    longer.add_tokens([f"new{index}" for index in range(11)])
-    grown = write_base(tmp_path / "grown", name, longer)
+    longer, models = longer_by(11, tokenizer), {}
+    for name in ("llama", "mixtral", "deepseek_v3"):
+        place, models[name] = tmp_path / name, make_model(name, tokenizer).eval()
+        for key, buffer in models[name].named_buffers():
+            buffer += 0.5 * torch.randn_like(buffer) if "e_score" in key else 0
+        if name == "llama":  # DeepSpeedExamples #429
+            write_deepspeed_chat(place / "reward", models[name])
+            tokenizer.save_pretrained(place / "reward")
+        else:
+            save_critic_model(models[name], tokenizer, place / "reward")
+        spoiled = {"rwtransformer.layers.0.input_layernorm.weight": torch.ones(3)}
+        broken = write_deepspeed_chat(place / "broken", models[name])
+        damage(broken, lambda s, more=spoiled: (s.pop(NORM), s.update(more)))
+        write_base(place / "grown", name, longer)
     config = write_ds_config(tmp_path / "ds.json", 3, scheduler={"type": "WarmupLR", "params": {}})
-    scores = on_two_ranks(ZERO3, tmp_path, config, folder, grown, broken)
+    results = on_two_ranks(ZERO3, tmp_path, config, *(tmp_path / name for name in models))
     ids = torch.tensor([[3, 4, 5, 0], [3, 6, 0, 0]])
-    expected = model.forward_value(ids, return_value_only=True)
-    for stage in ("0", "3"):
-        same(torch.tensor(scores[folder + stage]), expected, stage)
-    again = create_critic_model(f"{tmp_path}/results.json-3", longer, None, rlhf_training=True).eval()
-    assert again.rwtransformer.get_input_embeddings().weight.shape[0] == 104
-    same(torch.tensor(scores[grown + "3"]), again.forward_value(ids, return_value_only=True), "grown")
+    for name, model in models.items():
+        *scores, grown = torch.tensor(results[str(tmp_path / name)])
+        for values in scores:
+            same(values, model.forward_value(ids, return_value_only=True), name)
+        saved = read_critic(tmp_path / name / "saved")
+        assert saved.rwtransformer.get_input_embeddings().weight.shape[0] == 104
+        same(grown, saved.forward_value(ids, return_value_only=True), "grown")
 
 
 TREE = """
@@ -1255,19 +1107,17 @@ ids, mask = torch.tensor(json.load(open(rows))[rank])
 for stage in (0, 1, 2, 3):
     ds_config["zero_optimization"]["stage"], found = stage, []
     for share in (True, False):
-        model = critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=True)
+        model, shapes = critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=True), []
         model.share_prefix = share
         if stage % 2:
             model.gradient_checkpointing_enable()
         engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
         engine.train()
-        shapes = []
         model.rwtransformer.register_forward_pre_hook(lambda m, a, k: shapes.append(len(k["input_ids"])), with_kwargs=True)
         output_ = engine(ids, mask)
         engine.backward(output_["loss"])
         assert shapes[0] == (1 if share else len(ids))
         found.append([*output_.values(), *(safe_get_full_grad(p) for p in model.parameters())])
-    assert all(value is not None for value in found[0])
     results[stage] = max((a - b).abs().max().item() for a, b in zip(*found))
     assert max(value.abs().max() for value in found[0][3:]) > 1e-3
 """
@@ -1290,173 +1140,104 @@ def test_loop_each_token_once_at_every_zero_stage(tokenizer, tmp_path):
 PPO = """
 folder, data = arguments[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
-make = lambda: critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=True)
-trainable, *_ = deepspeed.initialize(model=make(), config=dict(ds_config))
-frozen = make().requires_grad_(False)
-settings = {name: ds_config[name] for name in ("train_micro_batch_size_per_gpu", "zero_optimization")}
-reward_model, *_ = deepspeed.initialize(model=frozen, config=settings) if settings["zero_optimization"]["stage"] == 3 else (frozen,)
-reward_model.eval()
-trainable.eval()
 prompts, answers = json.load(open(data))
 
-def batch(chosen, extra):
+def score(model, extra=0, chosen=range(len(prompts))):
     left, right = (tokenizer([texts[i] for i in chosen], padding=True, padding_side=side, return_tensors="pt")
                    for texts, side in ((prompts, "left"), (answers, "right")))
     pad = torch.full((len(chosen), extra), tokenizer.pad_token_id)
     ids = torch.cat([pad, left["input_ids"], right["input_ids"], pad], 1)
     mask = torch.cat([0 * pad, left["attention_mask"], right["attention_mask"], 0 * pad], 1)
-    return {"input_ids": ids, "attention_mask": mask}, extra + left["input_ids"].size(1)
+    return getattr(model, "module", model).forward_value(ids, mask, prompt_length=extra + left["input_ids"].size(1))
 
-def score(model, extra=0, chosen=range(len(prompts))):
-    inputs, prompt_length = batch(chosen, extra)
-    return getattr(model, "module", model).forward_value(**inputs, prompt_length=prompt_length)
-
-with torch.no_grad():
-    results = {"all": score(reward_model)["chosen_end_scores"].tolist(),
-               "padded": score(reward_model, 5)["chosen_end_scores"].tolist(),
-               "alone": [score(reward_model, 2, [i])["chosen_end_scores"].item() for i in range(len(prompts))]}
-    before = score(trainable)["values"]
-    assert torch.allclose(before, score(reward_model)["values"], atol=1e-6)
-values = score(trainable)
-loss = ((values["values"][:, -4:] - values["chosen_end_scores"].detach()[:, None] - 1) ** 2).mean()
-trainable.backward(loss)
-trainable.step()
-with torch.no_grad():
-    results["after"] = score(reward_model)["chosen_end_scores"].tolist()
-    results["moved"] = (score(trainable)["values"] - before).abs().max().item()
+for stage in (0, 3):
+    ds_config["zero_optimization"]["stage"] = stage
+    make = lambda: critic.create_critic_model(folder, tokenizer, ds_config, rlhf_training=True)
+    trainable, *_ = deepspeed.initialize(model=make(), config=dict(ds_config))
+    reward_model = make().requires_grad_(False)
+    if stage == 3:
+        settings = {name: ds_config[name] for name in ("train_micro_batch_size_per_gpu", "zero_optimization")}
+        reward_model, *_ = deepspeed.initialize(model=reward_model, config=settings)
+    reward_model.eval(), trainable.eval()
+    ends = lambda *arguments: score(reward_model, *arguments)["chosen_end_scores"].tolist()
+    with torch.no_grad():
+        found = {"all": ends(), "padded": ends(5), "alone": [ends(2, [i])[0] for i in range(len(prompts))]}
+        before = score(trainable)["values"]
+        assert torch.allclose(before, score(reward_model)["values"], atol=1e-6)
+    values = score(trainable)
+    trainable.backward(((values["values"][:, -4:] - values["chosen_end_scores"].detach()[:, None] - 1) ** 2).mean())
+    trainable.step()
+    with torch.no_grad():
+        results[stage] = found | {"after": ends()}
+        assert (score(trainable)["values"] - before).abs().max() > 1e-4
 """
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_loop_step_3_as_a_ppo_trainer_takes_it(stage, trained, tmp_path):
-    folder = trained[1][2, stage][0]
-    rows = [json.loads(line) for line in trained[0].read_text().splitlines()][:5]
+def test_loop_step_3_as_a_ppo_trainer_takes_it(trained, training, tmp_path):
+    """Prompts padded left, answers right: a trainable critic and a frozen reward model, at ZeRO 0 and 3."""
+    folder, rows = trained[2, 3][0], read_lines(training.held_out)[:5]
     texts = [row["prompt"] for row in rows], [row["chosen"] + " <eos>" for row in rows]
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     schedule = {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3}}
-    config = write_ds_config(tmp_path / "ds.json", stage, scheduler=schedule)
+    config = write_ds_config(tmp_path / "ds.json", scheduler=schedule)
     results = on_two_ranks(PPO, tmp_path, config, folder, tmp_path / "texts.json")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = create_critic_model(str(folder), tokenizer, None, rlhf_training=True).eval()
-    ids, mask = pad_rows([tokenizer(p + a)["input_ids"] for p, a in zip(*texts)])  # as step 2 wrote them
-    step2 = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"].tolist()
-    for way in ("all", "padded", "alone", "after"):
-        assert results[way] == pytest.approx(step2, abs=1e-5), way
-    assert results["moved"] > 1e-4
+    texts = read_texts(training.held_out, AutoTokenizer.from_pretrained(folder))  # as step 2 wrote them
+    step2 = end_scores(read_critic(folder), *pad_rows(texts[0][:5])).tolist()
+    for stage, way in itertools.product("03", ("all", "padded", "alone", "after")):
+        assert results[stage][way] == pytest.approx(step2, abs=1e-5), way
 
 
-def test_loop_the_readmes_python_runs_as_printed(trained, tokenizer, tmp_path):
+def test_loop_the_readmes_python_runs_as_printed(trained, tmp_path):
     """Step 2 to step 3; the folder `output` is a critic that step 2 left."""
     block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
-    os.symlink(trained[1][1, 0][0], tmp_path / "output")
-    subprocess.run(
-        [sys.executable, "-c", block], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)}, check=True
-    )
+    os.symlink(trained[1, 0][0], tmp_path / "output")
+    subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=surroundings(), check=True)
 
 
 # ---- kills and faults ----
 
-
-def ranks_of(output):
-    """{local rank: process id} of a running train_reward.py."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_text().split("\0")
-        except OSError:
-            continue
-        ours = [word for word in words if word.startswith("--local_rank=")]
-        if str(output) in words and ours and any(word.endswith("train_reward.py") for word in words):
-            found[int(ours[0].split("=")[1])] = int(folder.name)
-    return found
-
-
-def run_and_kill(arguments, output, moment, victims, log):
-    """Start two ranks, SIGKILL the victims as soon as `moment(output)`; the launcher must take the rest down."""
-    port = free_port()
-    with open(log, "w") as file:
-        run = subprocess.Popen(
-            command_line(HERE / "train_reward.py", *arguments, port=port), env=surroundings(), stdout=file, stderr=file
-        )  # fmt: skip
-        while run.poll() is None and not moment(output):
-            pass
-        for rank, process in ranks_of(output).items():
-            if rank in victims:
-                os.kill(process, signal.SIGKILL)
-        code = run.wait(timeout=60)
-    forget(port)
-    assert not ranks_of(output)
-    return code
-
-
+# stage: (when the victims are killed, who they are)
 MOMENTS = {
-    0: ("the first checkpoint is whole", lambda out: (out / "checkpoints" / "step-000000002").exists(), (0, 1)),
-    1: ("five steps are logged", lambda out: (out / "metrics.jsonl").exists() and len(read_whole_lines(out)) > 5, (1,)),
-    2: ("a checkpoint is being written", lambda out: (out / "checkpoints" / "unfinished").exists(), (0, 1)),
-    3: ("the second is being written", lambda out: (out / "checkpoints" / "step-000000002").exists() and (out / "checkpoints" / "unfinished").exists(), (0,)),
+    0: (lambda out: (out / "checkpoints" / "step-000000002").exists(), (0, 1)),
+    1: (lambda out: len(read_lines(out / "metrics.jsonl")) > 5, (1,)),
+    2: (lambda out: (out / "checkpoints" / "unfinished").exists(), (0, 1)),
+    3: (lambda out: (out / "checkpoints" / "step-000000002").exists() and (out / "checkpoints" / "unfinished").exists(), (0,)),
 }  # fmt: skip
-
-
-def read_whole_lines(output):
-    return (output / "metrics.jsonl").read_text().split("\n")[:-1]
 
 
 @pytest.mark.parametrize("stage", MOMENTS)
 def test_loop_a_killed_run_resumes_to_the_same_bits(stage, training, trained, tmp_path):
     """float32, dropout, accumulation; the run that was never killed is `trained`'s."""
-    name, moment, victims = MOMENTS[stage]
-    whole, expected, _ = trained[1][2, stage]
-    for attempt in range(5):
+    (moment, victims), (whole, expected, _) = MOMENTS[stage], trained[2, stage]
+    for attempt in range(5):  # until a checkpoint was being written
         output = tmp_path / f"killed-{attempt}"
         arguments = training(output, stage)
-        assert run_and_kill(arguments, output, moment, victims, tmp_path / "log") != 0
-        caught = (output / "checkpoints" / "unfinished").exists()
-        if caught or "written" not in name:
+        launch(*arguments, code=None, moment=functools.partial(moment, output), victims=victims)
+        if stage < 2 or (output / "checkpoints" / "unfinished").exists():
             break
-    assert caught or "written" not in name  # a kill while a checkpoint was being written
+    else:
+        pytest.fail("no kill while a checkpoint was being written")
     assert not (output / "model.safetensors").exists()
-    if stage == 1:  # ranks that outlive their launcher hold a lock
-        with (output / "metrics.jsonl").open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            refused = launch(HERE / "train_reward.py", *arguments, "--resume", check=False)
-        assert refused.returncode != 0 and "metrics.jsonl: another run is writing here" in refused.stdout
-    run = launch(HERE / "train_reward.py", *arguments, "--resume")
-    assert "step 12: eval_loss" in run.stdout
+    assert "step 12: eval_loss" in launch(*arguments, "--resume")
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (output / file).read_bytes() == (whole / file).read_bytes(), file
     untimed = lambda lines: [{k: v for k, v in line.items() if "per_second" not in k} for line in lines]
-    assert untimed(read_metrics(output)) == untimed(expected)
-    checkpoints = sorted(path.name for path in (output / "checkpoints").iterdir())
-    assert [name for name in checkpoints if name.startswith("step")] == ["step-000000010", "step-000000012"]
-    assert "unfinished" not in checkpoints
+    assert untimed(read_lines(output / "metrics.jsonl")) == untimed(expected)
+    checkpoints = {path.name for path in (output / "checkpoints").iterdir() if path.is_dir()}
+    assert checkpoints == {"step-000000010", "step-000000012"}
 
 
-def test_loop_a_rank_that_dies_in_evaluation_ends_the_run(training, tmp_path):
-    output = tmp_path / "out"  # metrics.jsonl is made before the first evaluation, and written after it
-    many = write_rows(tmp_path / "many.jsonl", make_pairs(2000, seed=3))
-    arguments = [*training(output), "--eval_path", many]
-    started = lambda out: (out / "metrics.jsonl").exists()
-    assert run_and_kill(arguments, output, started, (1,), tmp_path / "log") != 0
-    assert not read_whole_lines(output) and not (output / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("interval", ["2", "0"])
-def test_loop_a_full_disk_ends_the_run_with_the_folders_name(interval, training, tmp_path):
-    """As if 50 kB were left: a checkpoint, or the critic at the end, cannot be written by rank 0."""
-    output = tmp_path / "out"
-    arguments = [*training(output), "--save_interval", interval]
-    run = launch(HERE / "train_reward.py", *arguments, check=False, limit=50_000)
-    assert run.returncode != 0 and not (output / "model.safetensors").exists()
-    place = "out/checkpoints: a checkpoint cannot be written" if interval == "2" else "out cannot be written"
-    assert place in run.stdout, run.stdout[-3000:]
+def test_loop_a_full_disk_ends_the_run_with_the_folders_name(training, tmp_path):
+    """As if 50 kB were left: a checkpoint cannot be written by rank 0."""
+    said = launch(*training(tmp_path / "out"), code=None, limit=50_000)
+    assert "out/checkpoints: a checkpoint cannot be written" in said
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 # Calls train_reward.main() once for each case of a JSON file, in one process: {case: [exit code, what it said,
 # whether the model's weights are finite]}. With FAULT the fifth gradient of the head is not, though the loss is.
 DRIVE = """
-import contextlib, io, json, math, os, sys, traceback
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-import train_reward
+import contextlib, io, json, math, os, sys, traceback, train_reward
 create, results, models = train_reward.create_critic_model, {}, []
 def create_watched(*arguments):
     models[:], gradients = [create(*arguments)], []
@@ -1464,44 +1245,38 @@ def create_watched(*arguments):
         models[0].v_head.weight.register_hook(lambda g: g * math.nan if gradients.append(1) or len(gradients) == 5 else g)
     return models[0]
 train_reward.create_critic_model = create_watched
-for name, arguments in json.load(open(sys.argv[1])).items():
+for name, arguments in json.load(open("cases.json")).items():
     said, sys.argv = io.StringIO(), ["train_reward.py", *arguments]
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-            train_reward.main()
-            code = 0
+            code = train_reward.main() or 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-            print("" if isinstance(stop.code, int) else stop.code, file=said)
+            print(stop.code, file=said)
         except BaseException:
             code = -1
             traceback.print_exc()
     weights = [getattr(p, "ds_tensor", p) for model in models for n, p in model.named_parameters() if "embed" not in n]
     results[name] = code, said.getvalue(), all(weight.isfinite().all().item() for weight in weights)
-json.dump(results, open(os.environ["RESULTS"], "w"))
+json.dump(results, open("results.json", "w"))
 """
 
 
 def drive(cases, folder, **environment):
     cases = {name: [str(word) for word in words] for name, words in cases.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
-    (folder / "drive.py").write_text(DRIVE)
-    environment = surroundings(RESULTS=str(folder / "results.json"), **environment)
-    subprocess.run(
-        [sys.executable, folder / "drive.py", "cases.json"], cwd=folder, check=True, env=environment
-    )
+    subprocess.run([sys.executable, "-c", DRIVE], cwd=folder, check=True, env=surroundings(**environment))
     return json.loads((folder / "results.json").read_text())
 
 
 def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
-    output = trained[1][2, 0][0]
+    output = trained[2, 0][0]
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
-    other = write_rows(tmp_path / "other.jsonl", make_pairs(seed=5))
     optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
     config = write_ds_config(tmp_path / "lr.json", gradient_accumulation_steps=2, optimizer=optimizer)
     changes = {
-        "the data": ["--data_path", other], "--seed": ["--seed", "1"], "--loss_on": ["--loss_on", "end"],
-        "--compute_fp32_loss": ["--no-compute_fp32_loss"],
+        "the data": ["--data_path", write_rows(tmp_path / "other.jsonl", make_pairs(seed=5))],
+        "--seed": ["--seed", "1"], "--loss_on": ["--loss_on", "end"], "--compute_fp32_loss": ["--no-compute_fp32_loss"],
         "optimizer in the DeepSpeed config": ["--deepspeed_config", config],
     }  # fmt: skip
     cases = {name: [*training(output), "--resume", *change] for name, change in changes.items()}
@@ -1512,224 +1287,184 @@ def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
     assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
 
 
+GOOD = {"prompt": "w3", "chosen": " w4 w1", "rejected": " w5 w2"}
 FAULTY = {"float32": (0, False), "bf16": (0, True), "ZeRO-2": (2, False), "ZeRO-3": (3, False)}
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
-def test_loop_what_is_not_finite_stops_the_run_before_the_weights_are_touched(
-    fault, training, tokenizer, tmp_path
-):
+def test_loop_stops_before_a_step_that_is_not_finite(fault, training, tokenizer, tmp_path):
     """The embedding of w79 is NaN and one pair has it; or the fifth gradient is NaN, though its loss is not."""
     model = make_backbone("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer("w79")["input_ids"][0]] = math.nan
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    bad = {"prompt": "w5 w79", "chosen": " w3 w1", "rejected": " w4 w2"} if fault == "loss" else GOOD
+    bad = GOOD | ({"prompt": "w5 w79"} if fault == "loss" else {})
     data = write_rows(tmp_path / "pairs.jsonl", [*make_pairs(31, highest=78), bad])
-    held_out = write_rows(tmp_path / "eval.jsonl", make_pairs(8, 2, highest=78))
-    cases = {}
+    held_out, cases = write_rows(tmp_path / "eval.jsonl", make_pairs(8, 2, highest=78)), {}
     for name, (stage, bf16) in FAULTY.items():
         config = write_ds_config(tmp_path / f"{name}.json", stage, bf16={"enabled": bf16})
-        cases[name] = [
-            "--model_name_or_path", tmp_path / "base", "--data_path", data, "--eval_path", held_out, "--max_seq_len", "64",
-            "--output_dir", tmp_path / name, "--deepspeed_config", config, "--save_interval", "1", "--num_train_epochs", "2",
-        ]  # fmt: skip
+        cases[name] = flags(
+            model_name_or_path=tmp_path / "base", data_path=data, eval_path=held_out, max_seq_len=64,
+            output_dir=tmp_path / name, deepspeed_config=config, save_interval=1, num_train_epochs=2,
+        )  # fmt: skip
         if fault == "loss":
             cases[f"{name} resumed"] = [*cases[name], "--resume"]
-    results = drive(cases, tmp_path, FAULT="" if fault == "loss" else "1")
-    for name, (code, said, finite) in results.items():
-        assert code == 1 and finite, said[-3000:]
+    for name, (code, said, finite) in drive(cases, tmp_path, FAULT="" if fault == "loss" else "1").items():
         output = tmp_path / name.split()[0]
-        taken = len([line for line in read_metrics(output) if "loss" in line])
-        said = next(line for line in said.splitlines() if "train_reward.py: error" in line)
-        assert (
-            f"step {taken + 1}: loss " in said
-            and "not finite" in said
-            and not (output / "model.safetensors").exists()
-        )
-        assert (f"{data}:32" in said or fault == "gradient") and f"{data}:" in said
-        last = f"checkpoints/step-{taken:09d}" if taken else "none, see --save_interval"
-        assert said.endswith(last) and (fault == "loss" or taken == 4)
+        taken = len([line for line in read_lines(output / "metrics.jsonl") if "loss" in line])
+        error = next(line for line in said.splitlines() if "train_reward.py: error" in line)
+        assert code == 1 and finite and not (output / "model.safetensors").exists(), said[-3000:]
+        assert f"step {taken + 1}: loss " in error and "not finite" in error
+        assert (f"{data}:32" in error or fault == "gradient") and f"{data}:" in error
+        assert error.endswith(f"checkpoints/step-{taken:09d}" if taken else "none, see --save_interval")
+        assert fault == "loss" or taken == 4
 
 
 # ---- bad input ----
 
-GOOD = {"prompt": "w3", "chosen": " w4 w1", "rejected": " w5 w2"}
+
+def with_data(content):
+    """--data_path with these bytes, or this row."""
+
+    def write(folder):
+        path = folder / ("pairs.jsonl.gz" if "gzip" in folder.name else "pairs.jsonl")
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        return ["--data_path", path]
+
+    return write
+
+
+def with_config(change):
+    """--deepspeed_config with these changes."""
+    return lambda folder: ["--deepspeed_config", write_ds_config(folder / "ds.json", **change)]
+
+
+def with_model(spoil):
+    """--model_name_or_path with a copy of the base model that is then spoilt."""
+
+    def write(folder):
+        shutil.copytree(folder.parent / "base", folder, dirs_exist_ok=True)
+        spoil(folder)
+        return ["--model_name_or_path", folder]
+
+    return write
+
+
 TALK = [{"role": "user", "content": "w3"}]
+with_talk = lambda messages: with_data({"chosen": messages, "rejected": TALK})
 AT = r"pairs\.jsonl:1: mend or delete the line .*"
-# data: (the row or the bytes of the file, what the message must hold)
-BAD_DATA = {
-    "an empty file": (b"", "no rows"),
-    "not gzip though named so": (b"{}\n", r"pairs\.jsonl\.gz: cannot be read"),
-    "broken UTF-8": (b'{"chosen": "\xff"}\n', AT + "Invalid JSON"),
-    "a lone surrogate": (b'{"chosen": "\\ud800 a", "rejected": "b"}\n', AT + "Invalid JSON"),
-    "broken JSON in line 7": (json.dumps(GOOD).encode() + b"\n" * 6 + b"{,}\n", r"pairs\.jsonl:7: .*Invalid JSON"),
-    "a JSON list": (b"[1, 2]\n", AT + "should be an object"),
-    "a missing key": ({"prompt": "w3", "chosen": "w4"}, AT + "give chosen and rejected"),
-    "null": (GOOD | {"chosen": None}, AT + "give chosen and rejected"),
-    "a number for text": (GOOD | {"rejected": 3}, AT + "rejected.* should be a valid string"),
-    "an empty text": (GOOD | {"chosen": " "}, AT + "an answer is empty"),
-    "one ranked answer": ({"prompt": "w3", "ranked": ["w4"]}, AT + "ranked .*at least 2 items"),
-    "ranked of two kinds": ({"prompt": "w3", "ranked": ["w4", TALK]}, AT + "all be texts, or all be messages"),
-    "equal in every row": (GOOD | {"rejected": GOOD["chosen"]}, "1 identical.*0 held-out pairs remain"),
-    "every pair too long": (GOOD | {"prompt": "w3 " * 300}, "0 held-out pairs remain.*larger --max_seq_len"),
-    "one pair only": (GOOD, "0 training pairs remain, 4 are needed"),
-    "texts and messages": (GOOD | {"chosen": TALK}, AT + "all be texts, or all be messages"),
-    "messages without a template": ({"chosen": TALK, "rejected": TALK}, r"pairs\.jsonl:1: .*no chat template"),
-}  # fmt: skip
-BAD_TALK = {
-    "a message without role": ([{"content": "w3"}], "role Field required"),
-    "an unknown role": ([{"role": "robot", "content": "w3"}], "role Input should be 'system'"),
-    "a message that is none": (["w3"], r"chosen\.list\[Message\]\.0 Input should be an object"),
-    "no message": ([], "an answer is empty"),
-    "content that is no text": ([{"role": "user", "content": 3}], "content Input should be a valid string"),
-}
-BAD_ARGUMENTS = {
+# name: (arguments, or what writes a file and gives them; what the message must hold)
+BAD_INPUT = {
+    "an empty file": (with_data(b""), "no rows"),
+    "not gzip though named so": (with_data(b"{}\n"), r"pairs\.jsonl\.gz: cannot be read"),
+    "broken UTF-8": (with_data(b'{"chosen": "\xff"}\n'), AT + "Invalid JSON"),
+    "a lone surrogate": (with_data(b'{"chosen": "\\ud800 a", "rejected": "b"}\n'), AT + "Invalid JSON"),
+    "broken JSON in line 7": (with_data(json.dumps(GOOD).encode() + b"\n" * 6 + b"{,}\n"), r"pairs\.jsonl:7: .*Invalid JSON"),
+    "a JSON list": (with_data([1, 2]), AT + "should be an object"),
+    "a missing key": (with_data({"prompt": "w3", "chosen": "w4"}), AT + "give chosen and rejected"),
+    "a number for text": (with_data(GOOD | {"rejected": 3}), AT + "rejected.* should be a valid string"),
+    "an empty text": (with_data(GOOD | {"chosen": " "}), AT + "an answer is empty"),
+    "one ranked answer": (with_data({"prompt": "w3", "ranked": ["w4"]}), AT + "ranked .*at least 2 items"),
+    "ranked of two kinds": (with_data({"prompt": "w3", "ranked": ["w4", TALK]}), AT + "all be texts, or all be messages"),
+    "equal in every row": (with_data(GOOD | {"rejected": GOOD["chosen"]}), "1 identical.*0 held-out pairs remain"),
+    "every pair too long": (with_data(GOOD | {"prompt": "w3 " * 300}), "0 held-out pairs remain.*larger --max_seq_len"),
+    "one pair only": (with_data(GOOD), "0 training pairs remain, 4 are needed"),
+    "a message without role": (with_talk([{"content": "w3"}]), AT + "role Field required"),
+    "an unknown role": (with_talk([{"role": "robot", "content": "w3"}]), AT + "role Input should be 'system'"),
+    "a message that is none": (with_talk(["w3"]), AT + r"chosen\.list\[Message\]\.0 Input should be an object"),
+    "no message": (with_talk([]), AT + "an answer is empty"),
+    "content that is no text": (with_talk([{"role": "user", "content": 3}]), AT + "content Input should be a valid string"),
+    "messages without a template": (lambda f: [*with_talk(TALK)(f), "--model_name_or_path", "mute"], r"pairs\.jsonl:1: .*chat_template is not set"),
     "no such file": (["--data_path", "missing.jsonl"], "missing.jsonl: cannot be read"),
     "a directory": (["--data_path", "."], r"\.: cannot be read"),
+    "a file of another kind": (["--data_path", "base/config.json"], r"config.json: cannot be read, pass a \.jsonl"),
     "a hub dataset without the library": (["--data_path", "some/pairs"], "pip install datasets"),
     "no such held-out file": (["--eval_path", "missing.jsonl"], "missing.jsonl: cannot be read"),
-    "max_seq_len 0": (["--max_seq_len", "0"], "--max_seq_len is 0: it must be at least 2"),
+    "max_seq_len 0": (["--max_seq_len", "0"], "--max_seq_len at least 2"),
     "beyond the positions": (["--max_seq_len", "300"], "--max_seq_len is 300, but .* has 256 positions"),
-    "a fraction of 1": (["--eval_fraction", "1"], "--eval_fraction is 1.0"),
-    "negative epochs": (["--num_train_epochs", "-1"], "--num_train_epochs is -1"),
-    "a negative interval": (["--save_interval", "-1"], "--save_interval is -1"),
+    "negative epochs": (["--num_train_epochs", "-1"], "--num_train_epochs and the intervals must be 0 or more"),
+    "a negative interval": (["--save_interval", "-1"], "--num_train_epochs and the intervals must be 0 or more"),
     "dropout 1.5": (["--dropout", "1.5"], "dropout is 1.5"),
     "an unknown loss": (["--loss_on", "mean"], "--loss_on: invalid choice: 'mean'"),
     "an unknown flag": (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
     "an unknown model": (["--model_name_or_path", "no/such-model"], "no/such-model"),
     "evaluating a base model": (["--num_train_epochs", "0"], "no value head|without a value head"),
-    "a run in output_dir": (["--output_dir", "used"], "already holds metrics.jsonl: pass --resume"),
-    "a model in output_dir": (["--output_dir", "base", "--resume"], "no checkpoint to --resume from"),
+    "a run in output_dir": (["--output_dir", "used"], "used holds metrics.jsonl: pass another, or --resume"),
+    "another run in output_dir": (["--output_dir", "used", "--resume"], "metrics.jsonl: another run is writing here"),
+    "a model in output_dir": (["--output_dir", "base", "--resume"], "base holds config.json: pass another"),
     "output_dir below a file": (["--output_dir", "base/config.json/out"], "base/config.json/out"),
     "no config": (["--deepspeed_config", "missing.json"], "missing.json"),
+    "a config that is not JSON": (["--deepspeed_config", "good.jsonl"], "good.jsonl: pass JSON for DeepSpeed"),
+    "no batch size": (with_config({"train_micro_batch_size_per_gpu": None}), "train_micro_batch_size_per_gpu needs to be"),
+    "no optimizer": (with_config({"optimizer": None}), "with an optimizer, like ds_config.json"),
+    "an unknown optimizer": (with_config({"optimizer": {"type": "Adamm", "params": {}}}), "Adamm is not a supported"),
+    "an unknown schedule": (with_config({"scheduler": {"type": "Cosine", "params": {}}}), "LR scheduler Cosine"),
+    "an unknown stage": (with_config({"zero_optimization": {"stage": 7}}), "Input should be 0, 1, 2"),
+    "two precisions": (with_config(BF16 | FP16), "cannot be simultaneously"),
+    "more accumulation than data": (with_config({"gradient_accumulation_steps": 99}), "21 training pairs remain, 396 are needed"),
+    "a truncated safetensors": (with_model(lambda f: cut(f / "model.safetensors")), "safetensors cannot be read"),
+    "an unknown model type": (with_model(lambda f: edit(f / "config.json", model_type="nonesuch")), "nonesuch"),
+    "a model's config that is not JSON": (with_model(lambda f: cut(f / "config.json", b"{")), "config.json"),
+    "a tokenizer without EOS": (with_model(lambda f: edit(f / "tokenizer_config.json", eos_token=None)), "no EOS token"),
+    "no tokenizer": (with_model(lambda f: [file.unlink() for file in f.glob("tokenizer*")]), "tokenizer"),
+    "no model": (lambda f: ["only", "--data_path", "good.jsonl"], "give --model_name_or_path with data"),
+    "no data": (lambda f: ["only", "--model_name_or_path", "base"], "give --model_name_or_path with data"),
 }  # fmt: skip
-BAD_CONFIGS = {
-    "not JSON": ("{,}", "pass a JSON file"),
-    "no batch size": ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu needs to be"),
-    "no optimizer": ({"optimizer": None}, "no optimizer"),
-    "an unknown optimizer": ({"optimizer": {"type": "Adamm", "params": {}}}, "Adamm is not a supported"),
-    "an unknown schedule": ({"scheduler": {"type": "Cosine", "params": {}}}, "LR scheduler Cosine"),
-    "an unknown stage": ({"zero_optimization": {"stage": 7}}, "Input should be 0, 1, 2"),
-    "two precisions": (BF16 | FP16, "cannot be simultaneously"),
-    "more accumulation than data": ({"gradient_accumulation_steps": 99}, "21 training pairs remain, 396 are needed"),
-}  # fmt: skip
-BAD_MODELS = {
-    "config without weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-    "a truncated safetensors": (lambda f: cut(f / "model.safetensors"), "safetensors cannot be read"),
-    "a truncated .bin": (lambda f: cut(as_bin(f)), ".bin cannot be read"),
-    "a pickle with code": (lambda f: cut(as_bin(f), pickle.dumps(Payload(f.parent / "ran"))), "code cannot be read"),
-    "not a decoder": (lambda f: make_bert(f), "a critic needs a causal decoder"),
-    "an unknown model type": (lambda f: edit(f / "config.json", model_type="nonesuch"), "nonesuch"),
-    "a config that is not JSON": (lambda f: cut(f / "config.json", b"{"), "config.json"),
-    "a tokenizer without EOS": (lambda f: edit(f / "tokenizer_config.json", eos_token=None), "no EOS token"),
-    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "tokenizer"),
-}  # fmt: skip
-
-
-def as_bin(folder):
-    state = transformers.modeling_utils.load_state_dict(str(folder / "model.safetensors"))
-    (folder / "model.safetensors").unlink()
-    torch.save({key: value.clone() for key, value in state.items()}, folder / "pytorch_model.bin")
-    return folder / "pytorch_model.bin"
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def make_bert(folder):
-    AutoModel.from_config(AutoConfig.for_model("bert", **SIZES)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
 def refusals(tokenizer, tmp_path_factory):
-    """Every bad input given to train_reward.py, in one process; {case: (code, message, expected)}."""
-    folder = tmp_path_factory.mktemp("refusals")
-    write_base(folder / "base", "llama", tokenizer)
+    """Every bad input given to train_reward.py, in one process: {case: (code, message, ...)}, and what is left."""
+    folder, cases = tmp_path_factory.mktemp("refusals"), {}
+    write_base(folder / "mute", "llama", tokenizer)
     talker = copy.deepcopy(tokenizer)
     talker.chat_template = SPEAK
-    write_base(folder / "talker", "llama", talker)
+    write_base(folder / "base", "llama", talker)
     write_rows(folder / "good.jsonl", make_pairs(24))
+    write_ds_config(folder / "good.json")
+    usual = flags(model_name_or_path="base", data_path="good.jsonl", output_dir="out", max_seq_len=64)
+    usual += flags(deepspeed_config="good.json")
+    for name, (arguments, _) in BAD_INPUT.items():
+        (folder / name.replace(" ", "_")).mkdir()
+        arguments = arguments(folder / name.replace(" ", "_")) if callable(arguments) else arguments
+        cases[name] = arguments[1:] if arguments[0] == "only" else [*usual, *arguments]
     (folder / "used").mkdir()
-    (folder / "used" / "metrics.jsonl").write_text("{}\n")
-    good = json.loads(Path(write_ds_config(folder / "good.json")).read_text())
-    cases, expected = {}, {}
-
-    def case(name, message, *more, **changed):
-        usual = {
-            "model_name_or_path": "base",
-            "data_path": "good.jsonl",
-            "output_dir": "out",
-            "max_seq_len": 64,
-        }
-        flags = usual | {"deepspeed_config": folder / "good.json"} | changed
-        cases[name] = [word for flag, value in flags.items() for word in (f"--{flag}", value)] + list(more)
-        expected[name] = message
-
-    def place(name, file):
-        path = folder / name.replace(" ", "_") / file
-        path.parent.mkdir()
-        return path
-
-    for name, (content, message) in BAD_DATA.items():
-        path = place(name, "pairs.jsonl.gz" if "gzip" in name else "pairs.jsonl")
-        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        case(name, message, data_path=path)
-    for name, (messages, message) in BAD_TALK.items():
-        path = write_rows(place(name, "pairs.jsonl"), [{"chosen": messages, "rejected": TALK}])
-        case(name, AT + message, data_path=path, model_name_or_path="talker")
-    for name, (arguments, message) in BAD_ARGUMENTS.items():
-        case(name, message, *arguments)
-    for name, (change, message) in BAD_CONFIGS.items():
-        path = place(name, "ds.json")
-        kept = {} if isinstance(change, str) else {k: v for k, v in (good | change).items() if v is not None}
-        path.write_text(change if isinstance(change, str) else json.dumps(kept))
-        case(name, message, deepspeed_config=path)
-    for name, (spoil, message) in BAD_MODELS.items():
-        path = folder / name.replace(" ", "_")
-        write_base(path, "llama", tokenizer)
-        spoil(path)
-        case(name, message, model_name_or_path=path)
-    cases["no model"], expected["no model"] = ["--data_path", "good.jsonl"], "--model_name_or_path is None"
-    cases["no data"], expected["no data"] = ["--model_name_or_path", "base"], "given with data"
-    results = drive(cases, folder)
-    left = [path.name for pattern in ("out*", "ran") for path in folder.glob(pattern)]
-    untouched = (folder / "used" / "metrics.jsonl").read_text() == "{}\n"
-    return {name: (*results[name][:2], expected[name]) for name in cases}, left, untouched
+    with (folder / "used" / "metrics.jsonl").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as ranks that outlive their launcher do
+        file.write("{}\n")
+        file.flush()
+        results = drive(cases, folder)
+    return results, (folder / "out").exists(), (folder / "used" / "metrics.jsonl").read_text()
 
 
-CASES = [*BAD_DATA, *BAD_TALK, *BAD_ARGUMENTS, *BAD_CONFIGS, *BAD_MODELS, "no model", "no data"]
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", BAD_INPUT)
 def test_loop_bad_input_is_told_plainly_and_touches_nothing(case, refusals):
-    (code, said, message), left, untouched = refusals[0][case], *refusals[1:]
+    results, left, used = refusals
+    code, said, _ = results[case]
     assert code in (1, 2), said
     assert "Traceback" not in said and "train_reward.py: error: " in said
-    assert re.search(message, said, re.DOTALL), said
-    assert not left and untouched
+    assert re.search(BAD_INPUT[case][1], said, re.DOTALL), said
+    assert not left and used == "{}\n"
 
 
 # ---- the benchmark: python test_critic.py [--model PATH --data FILE] ----
 
 
-def resident(name="VmRSS"):
+def resident(name):
     """MiB of memory that this process has (VmRSS), or had at most (VmHWM)."""
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
-def measured(run, device):
+def measured(run, device="cpu"):
     """(seconds, peak MiB above the start) of a call."""
-    cuda = device.type == "cuda"
+    cuda = torch.device(device).type == "cuda"
     ctypes.CDLL(None).malloc_trim(0)  # what an earlier run left in the allocator would hide this one's need
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    memory, start = torch.cuda.memory_allocated() / 2**20 if cuda else resident(), time.perf_counter()
+    memory, start = torch.cuda.memory_allocated() / 2**20 if cuda else resident("VmRSS"), time.perf_counter()
     run()
     if cuda:
         torch.cuda.synchronize()
@@ -1737,46 +1472,28 @@ def measured(run, device):
     return took, (torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")) - memory
 
 
-def benchmark_model(arguments, device):
-    dtype, tokenizer = getattr(torch, arguments.dtype), argparse.Namespace(pad_token_id=0)
-    if arguments.model:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        backbone = AutoModel.from_pretrained(arguments.model, dtype=dtype)
-    else:
-        config = AutoConfig.for_model(
-            "llama", vocab_size=4096, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
-            num_key_value_heads=3, num_hidden_layers=arguments.layers, max_position_embeddings=8192,
-        )  # fmt: skip
-        backbone = AutoModel.from_config(config, dtype=dtype)
-    return RewardModel(backbone, tokenizer).to(device).train(), tokenizer
-
-
-def benchmark_cases(arguments, model, tokenizer, device):
+def benchmark_cases(options, tokenizer, device):
     """{case: (batches as rows, batches as each token once, whether it trains)}; a batch: ids, mask (2B, T)."""
-    import train_reward
-
     rng = random.Random(0)
     ids = lambda count: [rng.randrange(10, 4096) for _ in range(count)]
     draw = lambda mean: int(min(3 * mean, 1 + mean * rng.lognormvariate(-0.32, 0.8)))
-    if arguments.data:
-        pairs = train_reward.read_pairs([arguments.data], "train", tokenizer, 512)
-        pairs = train_reward.in_order(pairs, 0)[: arguments.pairs]
+    if options.data:
+        import train_reward
+
+        pairs = train_reward.read_pairs([options.data], "train", tokenizer, 512)
+        pairs = [[pair[side] for side in SIDES] for pair in train_reward.in_order(pairs, 0)[: options.pairs]]
     else:  # as long as dialogues: a common beginning of 120 tokens or so, answers of 59
-        prompts = [ids(draw(120)) for _ in range(arguments.pairs)]
-        pairs = [{"chosen": p + [8] + ids(draw(58)), "rejected": p + [9] + ids(draw(58))} for p in prompts]
+        prompts = [ids(draw(120)) for _ in range(options.pairs)]
+        pairs = [[prompt + [first] + ids(draw(58)) for first in (8, 9)] for prompt in prompts]
     rows = lambda texts: tuple(tensor.to(device) for tensor in pad_rows(texts, extra=0))
-    batches = lambda pairs: [
-        rows([pair[side] for side in ("chosen", "rejected") for pair in pairs[at : at + 8]])
-        for at in range(0, len(pairs) - 7, 8)
-    ]
-    longest = lambda pair: max(len(pair["chosen"]), len(pair["rejected"]))
+    batch = lambda pairs: rows([text for texts in zip(*pairs) for text in texts])
+    batches = lambda pairs: [batch(pairs[at : at + 8]) for at in range(0, len(pairs) - 7, 8)]
+    by_length = batches(sorted(pairs, key=lambda pair: max(map(len, pair))))
+    rng.shuffle(by_length)
     prompts = [ids(256) for _ in range(2)]
     answers = [[prompt + [20 + k] + ids(63) for k in range(4)] for prompt in prompts]
-    ranked = [pair for texts in answers for pair in itertools.combinations(texts, 2)]
-    ranked = [rows([pair[side] for side in (0, 1) for pair in ranked])] * 2
+    ranked = [batch([pair for texts in answers for pair in itertools.combinations(texts, 2)])] * 2
     samples = [rows([prompts[0] + [20 + k] + ids(63) for k in range(8)])] * 10
-    by_length = batches(sorted(pairs, key=longest))
-    rng.shuffle(by_length)
     return {
         "pairs in random order; rows padded to the longest": (batches(pairs), batches(pairs), True),
         "the same; rows in batches of like length": (by_length, batches(pairs), True),
@@ -1785,118 +1502,90 @@ def benchmark_cases(arguments, model, tokenizer, device):
     }
 
 
-def benchmark_steps(arguments):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = benchmark_model(arguments, device)
-    model.loss_on = arguments.loss_on
-    cases = benchmark_cases(arguments, model, tokenizer, device)
-    calls = counted(model)
+def benchmark_steps(options):
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, options.dtype)
+    if options.model:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        backbone = AutoModel.from_pretrained(options.model, dtype=dtype)
+    else:
+        tokenizer = argparse.Namespace(pad_token_id=0)
+        sizes = {"vocab_size": 4096, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6}
+        heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+        backbone = AutoModel.from_config(AutoConfig.for_model("llama", **sizes, **heads), dtype=dtype)
+    model = RewardModel(backbone, tokenizer).to(device).train()
+    calls, cases = counted(model), benchmark_cases(options, tokenizer, device)
 
     def run(batches, share, trains):
         model.share_prefix = share
         for batch in batches:
             model.zero_grad()
+            with torch.set_grad_enabled(trains):
+                value = (
+                    model(*batch)["loss"] if trains else model.forward_value(*batch, return_value_only=True)
+                )
             if trains:
-                model(*batch)["loss"].backward()
-            else:
-                with torch.no_grad():
-                    model.forward_value(*batch, return_value_only=True)
+                value.backward()
 
-    times, memory, tokens = {}, {}, {}
-    for repeat in tqdm(range(arguments.repeats + 1), desc="measuring", leave=False):  # the first to warm up
-        for name, (rows, once, trains) in cases.items():
-            for share, batches in ((False, rows), (True, once)):
-                calls.clear()
-                took, peak = measured(functools.partial(run, batches, share, trains), device)
-                times.setdefault((name, share), []).append(took)
-                memory[name, share], tokens[name, share] = peak, sum(calls)
-    cores = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
+    results = {}  # (case, whether each token once): [(seconds, MiB, tokens), ...]
+    for _ in tqdm(range(options.repeats + 1), desc="measuring", leave=False):  # the first to warm up
+        for (name, (*batches, trains)), share in itertools.product(cases.items(), (False, True)):
+            calls.clear()
+            found = measured(functools.partial(run, batches[share], share, trains), device)
+            results.setdefault((name, share), []).append((*found, sum(calls)))
+    cores = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"\n1. {parameters:.0f}M parameters, {arguments.dtype}, loss on {arguments.loss_on}, {cores}, batch 8, "
-          f"median of {arguments.repeats}; rows over each token once\n")  # fmt: skip
-    print("| case | tokens | time | peak MiB, rows and once |\n| --- | --- | --- | --- |")
+    print(f"\n1. {parameters:.0f}M parameters, {options.dtype}, {cores}, batch 8, median of "
+          f"{options.repeats}; rows over each token once\n\n| case | tokens | time | peak MiB, rows and once |\n"
+          "| --- | --- | --- | --- |")  # fmt: skip
     for name in cases:
-        fewer = tokens[name, False] / tokens[name, True]
-        ratios = [rows / once for rows, once in zip(times[name, False][1:], times[name, True][1:])]
-        print(f"| {name} | {fewer:.2f} | {statistics.median(ratios):.2f} | "
-              f"{memory[name, False]:.0f}, {memory[name, True]:.0f} |")  # fmt: skip
+        rows, once = results[name, False][1:], results[name, True][1:]
+        time_, tokens = (statistics.median(a[i] / b[i] for a, b in zip(rows, once)) for i in (0, 2))
+        print(f"| {name} | {tokens:.2f} | {time_:.2f} | {rows[-1][1]:.0f}, {once[-1][1]:.0f} |")
 
-    batch, states = cases[next(iter(cases))][1][0], {}
-    model.share_prefix, backbone = True, model.rwtransformer.forward
-
-    def without_backbone(input_ids, **kwargs):
-        if "hidden" not in states:
-            states["hidden"] = torch.randn(*input_ids.shape, model.v_head.in_features, device=device)
-            states["hidden"] = states["hidden"].to(model.v_head.weight.dtype).requires_grad_()
-        return (states["hidden"],)
-
-    shares = []
-    for _ in range(arguments.repeats + 1):
-        whole = measured(lambda: run([batch], True, True), device)[0]
-        model.rwtransformer.forward = without_backbone
-        run([batch], True, True)
-        shares.append(measured(lambda: run([batch], True, True), device)[0] / whole)
-        model.rwtransformer.forward = backbone
-    print(f"\n2. Laying out, head, loss: {100 * statistics.median(shares[1:]):.2f}% of a step.")
-
-
-LOAD = """
-import sys, time, torch, test_critic, transformers
-from critic import RewardModel, create_critic_model
-way, folder = sys.argv[1:]
-tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "__len__": lambda self: 100})()
-config = transformers.AutoConfig.from_pretrained(folder)
-transformers.AutoModel.from_config(transformers.LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1))
-open("/proc/self/clear_refs", "w").write("5")
-memory, start = test_critic.resident(), time.perf_counter()
-if way == "plain":
-    model = RewardModel(transformers.AutoModel.from_config(config), tokenizer)
-    model.load_state_dict(torch.load(folder + "/pytorch_model.bin", map_location="cpu", weights_only=True))
-else:
-    model = create_critic_model(folder, tokenizer, None, rlhf_training=True)
-print(time.perf_counter() - start, test_critic.resident("VmHWM") - memory)
-"""
+    batch, times = next(iter(cases.values()))[1][0], []
+    hidden = torch.randn(1, batch[0].numel(), model.v_head.in_features, device=device, dtype=dtype)
+    without = lambda input_ids, **_: (hidden[:, : input_ids.numel()].requires_grad_(),)
+    for forward in (backbone.forward, without):
+        backbone.forward = forward
+        step = functools.partial(run, [batch], True, True)
+        times.append(statistics.median(measured(step, device)[0] for _ in range(options.repeats + 2)))
+    print(f"\n2. Laying out, head, loss: {100 * times[1] / times[0]:.2f}% of a step.")
 
 
 def benchmark_load():
-    found = {"plain": [], "create_critic_model": []}
+    sizes = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 22}
+    config = AutoConfig.for_model("llama", num_attention_heads=16, **sizes)
+    tokenizer = type("Tokenizer", (), {"pad_token_id": PAD, "__len__": lambda self: 100})()
     with tempfile.TemporaryDirectory() as folder:
-        config = AutoConfig.for_model(
-            "llama", vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=22,
-            num_attention_heads=16,
-        )  # fmt: skip
-        model = RewardModel(AutoModel.from_config(config), argparse.Namespace(pad_token_id=0))
-        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        write_deepspeed_chat(Path(folder) / "reward", model)
+        model = RewardModel(AutoModel.from_config(config), tokenizer)
+        path = write_deepspeed_chat(Path(folder) / "reward", model)
         del model
-        for _, way in itertools.product(tqdm(range(3), desc="loading", leave=False), found):
-            command = [sys.executable, "-c", LOAD, way, str(Path(folder) / "reward")]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            run = subprocess.run(command, cwd=HERE, check=True, text=True, **pipes)
-            found[way].append([float(word) for word in run.stdout.split()[-2:]])
-    print(f"\n3. Loading a checkpoint of {parameters:.0f}M parameters in float32, median of 3\n")
-    print("| way | seconds | peak MiB above the start |\n| --- | --- | --- |")
-    ways = ("build, `torch.load`, `load_state_dict`", "`create_critic_model(..., rlhf_training=True)`")
-    for way, results in zip(ways, found.values()):
-        seconds, memory = (statistics.median(column) for column in zip(*results))
-        print(f"| {way} | {seconds:.2f} | {memory:.0f} |")
+
+        def plain():
+            state = torch.load(f"{path}/pytorch_model.bin", weights_only=True)
+            RewardModel(AutoModel.from_config(config), tokenizer).load_state_dict(state)
+
+        mapped = functools.partial(create_critic_model, path, tokenizer, None, rlhf_training=True)
+        print("\n3. Loading a checkpoint of 315M parameters in float32, median of 3\n")
+        print("| way | seconds | peak MiB above the start |\n| --- | --- | --- |")
+        ways = "build, `torch.load`, `load_state_dict`", "`create_critic_model(..., rlhf_training=True)`"
+        for name, way in zip(ways, (plain, mapped)):
+            seconds, memory = map(statistics.median, zip(*[measured(way) for _ in range(4)][1:]))
+            print(f"| {name} | {seconds:.2f} | {memory:.0f} |")
 
 
 def benchmark():
     parser = argparse.ArgumentParser(description="The benchmark: ratios measured side by side in one run.")
-    parser.add_argument("--model", help="a decoder's folder or hub id (default: a Llama made on the spot)")
-    parser.add_argument(
-        "--data", help="pairs, .jsonl[.gz], for --model's tokenizer (default: made on the spot)"
-    )
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--loss_on", default="tokens", choices=["tokens", "end"])
-    parser.add_argument("--pairs", type=int, default=24, help="pairs of the first two cases")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=6, help="of the Llama made on the spot")
-    arguments = parser.parse_args()
+    add = parser.add_argument
+    add("--model", help="a decoder's folder or hub id (default: a Llama made on the spot)")
+    add("--data", help="pairs, .jsonl[.gz], for --model's tokenizer (default: made on the spot)")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--pairs", type=int, default=24, help="pairs of the first two cases")
+    add("--repeats", type=int, default=3)
+    options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(os.cpu_count())
-    benchmark_steps(arguments)
+    benchmark_steps(options)
     benchmark_load()
 
 

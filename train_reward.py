@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Step 2 of RLHF: train a reward model on chosen/rejected pairs with DeepSpeed. Needs critic.py beside it.
 """Train a reward model on preference pairs: `deepspeed train_reward.py --model_name_or_path M --data_path D`.
-
-Without arguments a small critic learns, offline, to tell Python's reference manual from a garbled copy.
-"""
+Without arguments a small critic learns, offline, to tell Python's reference manual from a garbled copy."""
 
 import argparse
 import contextlib
@@ -30,29 +28,23 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, set_seed
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from typing_extensions import TypedDict
 
-from critic import create_critic_model, save_critic_model
+from critic import Tokenizer, create_critic_model, save_critic_model
 
 Pairs = list[dict[str, Any]]  # where, prompt: texts; chosen, rejected: token ids
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    add, yes_or_no = parser.add_argument, argparse.BooleanOptionalAction
-    ds_config = str(Path(__file__).with_name("ds_config.json"))
+    formatter, yes_or_no = argparse.ArgumentDefaultsHelpFormatter, argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add = parser.add_argument
     add("--model_name_or_path", help="pretrained decoder, folder or hub id; none: made on the spot")
     add("--data_path", nargs="+", help="pairs: .jsonl[.gz], hub owner/name; none: Python's manual")
-    add("--eval_path", nargs="+", help="held-out pairs; none: --eval_fraction of the data")
-    add("--eval_fraction", type=float, default=0.1, help="share of the prompts to hold out")
+    add("--eval_path", nargs="+", help="held-out pairs; none: those of a tenth of the prompts")
     add("--max_seq_len", type=int, default=512, help="tokens; pairs with a longer text are left out")
     add("--num_train_epochs", type=int, default=1, help="passes over the data; 0: only evaluate a critic")
     add("--output_dir", default="output", help="where critic, metrics.jsonl and checkpoints go")
@@ -64,20 +56,14 @@ def parse_args() -> argparse.Namespace:
     add("--eval_interval", type=int, default=0, help="optimizer steps between evaluations (0: none between)")
     add("--save_interval", type=int, default=0, help="optimizer steps between checkpoints (0: none)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir, if any")
-    add("--deepspeed_config", default=ds_config, help="batch, optimizer, schedule, precision, ZeRO stage")
+    add("--deepspeed_config", default=f"{Path(__file__).parent}/ds_config.json", help="all that it decides")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
-    has_data = bool(args.data_path or (args.eval_path and not args.num_train_epochs))
-    for name, fits, remedy in [
-        ("eval_fraction", 0 < args.eval_fraction < 1, "greater than 0 and less than 1"),
-        ("max_seq_len", args.max_seq_len >= 2, "at least 2"),
-        ("num_train_epochs", args.num_train_epochs >= 0, "0 or more"),
-        ("eval_interval", args.eval_interval >= 0, "0 or more"),
-        ("save_interval", args.save_interval >= 0, "0 or more"),
-        ("model_name_or_path", bool(args.model_name_or_path) == has_data, "given with data, or neither"),
-    ]:
-        if not fits:
-            parser.error(f"--{name} is {getattr(args, name)}: it must be {remedy}")
+    has_data = args.data_path or (args.eval_path and not args.num_train_epochs)
+    if bool(args.model_name_or_path) != bool(has_data):
+        parser.error("give --model_name_or_path with data (--eval_path and --num_train_epochs 0: evaluate)")
+    if min(args.num_train_epochs, args.eval_interval, args.save_interval) < 0 or args.max_seq_len < 2:
+        parser.error("--num_train_epochs and the intervals must be 0 or more, --max_seq_len at least 2")
     return args
 
 
@@ -101,11 +87,7 @@ def bar(*args: Any, **options: Any) -> tqdm:
     return tqdm(*args, disable=others, mininterval=pause, maxinterval=max(10, pause), **options)
 
 
-# ---- data: files -> rows -> pairs of token ids -> batches ----
-
-
-class Message(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")  # a chat template may read more
+class Message(BaseModel, extra="allow"):  # a chat template may read more
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
 
@@ -117,71 +99,62 @@ class Row(BaseModel):
     chosen: str | list[Message] | None = None
     rejected: str | list[Message] | None = None
     ranked: list[str | list[Message]] | None = Field(None, min_length=2)  # from best to worst
-    where: str = ""
 
     @model_validator(mode="after")
     def answers_of_one_kind(self) -> "Row":
         self.ranked = self.ranked or [self.chosen, self.rejected]
         if None in self.ranked:
             raise ValueError("give chosen and rejected, or ranked: [best, ..., worst]")
-        if len({type(text) for text in (*self.ranked, self.prompt) if text is not None}) > 1:
+        if len({type(text) for text in (self.prompt or self.ranked[0], *self.ranked)}) > 1:
             raise ValueError("prompt and answers must all be texts, or all be messages")
         if not all(text.strip() if isinstance(text, str) else text for text in self.ranked):
             raise ValueError("an answer is empty")
         return self
 
 
-def read_rows(path: str, split: str = "train") -> list[Row]:
-    """The rows of a .jsonl or .jsonl.gz file, or of a hub dataset's split, each with where it came from."""
+def read_rows(path: str, split: str) -> list[dict[str, Any]]:
+    """{"where", "prompt", "ranked"} of each line of a .jsonl[.gz] file, or row of a hub dataset's split."""
     with blame(f"{path}: cannot be read, pass a .jsonl[.gz] file, or pip install datasets to reach a hub's"):
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.jsonl)(?<!\.gz)", path) and not Path(path).exists():
+        if path.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+                lines = file.readlines()
+        else:
             from datasets import load_dataset
 
             lines = [json.dumps(row, default=str) for row in load_dataset(path, split=split)]
-        else:
-            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-                lines = file.readlines()
     rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            with blame(f"{path}:{number}: mend or delete the line"):
-                rows.append(Row.model_validate_json(line))
-            rows[-1].where = f"{path}:{number}"
+    for where, line in ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()):
+        with blame(f"{where}: mend or delete the line"):
+            rows.append({"where": where} | Row.model_validate_json(line).model_dump())
     if not rows:
         refuse(f"{path}: no rows, one JSON object a line is needed")
     return rows
 
 
-def render(row: Row, tokenizer: Tokenizer) -> tuple[str, list[str]]:
-    """A row's prompt and its whole texts, messages through the chat template.
-
-    Without a prompt it is what the texts begin with, up to the last turn of HH-RLHF's if there is one: it
-    serves to keep the pairs of one prompt together.
-    """
-    if isinstance(row.ranked[0], str):
-        common = os.path.commonprefix(row.ranked)
-        common = common[: common.rfind("\n\nAssistant:")] if "\n\nAssistant:" in common else common
-        return common if row.prompt is None else row.prompt, [
-            (row.prompt or "") + text for text in row.ranked
-        ]
-    if tokenizer.chat_template is None:
-        refuse(f"{row.where}: messages, but the tokenizer has no chat template; pass texts, or another model")
-    dialogues = [(row.prompt or []) + answer for answer in row.ranked]
-    with blame(f"{row.where}: the chat template refuses these messages"):
+def render(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, list[str]]:
+    """A row's prompt and its whole texts, messages through the chat template. Without a prompt it is what the
+    texts begin with, up to the last turn of HH-RLHF's: it serves to keep the pairs of one prompt together."""
+    prompt, answers = row["prompt"], row["ranked"]
+    if isinstance(answers[0], str):
+        common = os.path.commonprefix(answers)
+        common = common.rpartition("\n\nAssistant:")[0] or common
+        return prompt or common, [(prompt or "") + text for text in answers]
+    with blame(f"{row['where']}: the tokenizer's chat template does not take these messages"):
+        dialogues = [(prompt or []) + answer for answer in answers]
         texts = [tokenizer.apply_chat_template(dialogue, tokenize=False).rstrip() for dialogue in dialogues]
-    alike = itertools.takewhile(lambda turns: turns.count(turns[0]) == len(turns), zip(*row.ranked))
-    return json.dumps(row.prompt or [turns[0] for turns in alike]), texts
+    alike = itertools.takewhile(lambda turns: turns.count(turns[0]) == len(turns), zip(*answers))
+    return json.dumps(prompt or [turns[0] for turns in alike]), texts
 
 
 def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: int) -> Pairs:
-    """Pairs of token ids, each text ending with EOS; identical pairs are left out and counted, and so are those
-    that are too long: cut at the end, they would train on half an answer."""
+    """Pairs of token ids, each text ending with EOS. Identical pairs are left out and counted, and those that
+    are too long: cut at the end, they would train on half an answer."""
     rows = [row for path in paths for row in read_rows(path, split)]
     pairs, left_out, eos = [], Counter(), tokenizer.eos_token_id
     for row in bar(rows, desc="tokenizing", delay=2):
         prompt, texts = render(row, tokenizer)
         # A chat template has written BOS itself.
-        texts = tokenizer(texts, add_special_tokens=isinstance(row.ranked[0], str))["input_ids"]
+        texts = tokenizer(texts, add_special_tokens=isinstance(row["ranked"][0], str))["input_ids"]
         texts = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in texts]
         for chosen, rejected in itertools.combinations(texts, 2):  # the better one comes first
             if chosen == rejected:
@@ -189,27 +162,17 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
             elif max(len(chosen), len(rejected)) > max_seq_len:
                 left_out[f"longer than {max_seq_len} tokens"] += 1
             else:
-                pairs.append({"where": row.where, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+                pair = {"chosen": chosen, "rejected": rejected}
+                pairs.append({"where": row["where"], "prompt": prompt} | pair)
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none"
     print(f"{', '.join(paths)}: {len(pairs)} pairs of {len(rows)} rows; left out: {counts}", flush=True)
     return pairs
 
 
 def in_order(pairs: Pairs, seed: int) -> Pairs:
-    """Prompts in random order, each with all its pairs: compared in one batch, they overfit less (InstructGPT,
+    """Prompts in random order, each with all its pairs: compared in one batch they overfit less (InstructGPT,
     arXiv:2203.02155, section 3.5), and the critic computes once what they have in common."""
-    prompts = sorted({pair["prompt"] for pair in pairs})
-    random.Random(seed).shuffle(prompts)
-    place = {prompt: n for n, prompt in enumerate(prompts)}
-    return sorted(pairs, key=lambda pair: place[pair["prompt"]])
-
-
-def split_by_prompt(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
-    """(training, held-out) pairs, with no prompt on both sides."""
-    prompts = list(dict.fromkeys(pair["prompt"] for pair in in_order(pairs, seed)))
-    held_out = set(prompts[: math.ceil(fraction * len(prompts))])
-    sides = [[pair for pair in pairs if (pair["prompt"] in held_out) is side] for side in (False, True)]
-    return sides[0], sides[1]
+    return sorted(pairs, key=lambda pair: random.Random(f"{seed} {pair['prompt']}").random())
 
 
 def collate(pairs: Pairs, tokenizer: Tokenizer, device: torch.device) -> dict[str, torch.Tensor]:
@@ -220,24 +183,21 @@ def collate(pairs: Pairs, tokenizer: Tokenizer, device: torch.device) -> dict[st
 
 def demonstration(folder: str, seed: int) -> str:
     """Write a small untrained Llama, its tokenizer and its data to `folder`; return the path of the data.
-
-    A pair is a passage of Python's reference manual, and the same with the letters of every fourth word or so
-    of its second part shuffled.
-    """
+    A pair is a passage of Python's reference manual, and the same with the letters of some words shuffled."""
     from pydoc_data.topics import topics
 
     from tokenizers import ByteLevelBPETokenizer
     from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 
-    rng, rows = random.Random(seed), []
+    rng, rows, path = random.Random(seed), [], Path(folder, "manual.jsonl")
     for words in (topics[name].split() for name in sorted(topics)):
-        for at in range(0, len(words) - 39, 28):  # no answer overlaps with another
+        for at in range(0, len(words) - 39, 90):
             prompt, answer = words[at : at + 12], words[at + 12 : at + 40]
             garbled = ["".join(rng.sample(w, len(w))) if rng.random() < 0.25 else w for w in answer]
             prompt, chosen, rejected = (" ".join(part) for part in (prompt, answer, garbled))
             rows.append({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"})
-    bpe = ByteLevelBPETokenizer()
-    texts = [row["prompt"] + row["chosen"] for row in rows]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    bpe, texts = ByteLevelBPETokenizer(), [row["prompt"] + row["chosen"] for row in rows]
     bpe.train_from_iterator(texts, vocab_size=2048, special_tokens=["<pad>", "<eos>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
@@ -245,66 +205,11 @@ def demonstration(folder: str, seed: int) -> str:
     config = LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1)
     set_seed(seed)
     AutoModel.from_config(config).save_pretrained(folder)
-    Path(folder, "manual.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return str(Path(folder, "manual.jsonl"))
-
-
-# ---- evaluation ----
-
-
-@torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dict[str, float]:
-    """Accuracy, loss and scores on held-out pairs, to the bit the same on any number of ranks: the batches do
-    not depend on it, and each rank takes its share. A tie is half right."""
-    size, rank, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_rank(), dist.get_world_size()
-    pairs = in_order(pairs, 0)
-    results = torch.zeros(3, len(pairs), dtype=torch.float64, device=engine.device)
-    engine.eval()
-    for at in bar(range(0, len(pairs), size * ranks), desc="evaluating", delay=2, leave=False):
-        mine = slice(at + rank * size, at + (rank + 1) * size)
-        # Under ZeRO-3 every rank must take part in every forward: one without a share repeats a pair.
-        output = engine(**collate(pairs[mine] or pairs[:1], tokenizer, engine.device))
-        if pairs[mine]:
-            for result, name in zip(results, ("loss", "chosen_mean_scores", "rejected_mean_scores")):
-                result[mine] = output[name].double()
-    engine.train()
-    dist.all_reduce(results)
-    loss, chosen, rejected = results
-    right, ties = (chosen > rejected).double(), (chosen == rejected).double()
-    means = torch.stack([loss, right + ties / 2, chosen - rejected, chosen, rejected]).mean(1).tolist()
-    names = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
-    return {f"eval_{name}": mean for name, mean in zip(names, means)} | {"eval_ties": int(ties.sum())}
-
-
-@torch.no_grad()
-def show_rewards(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> None:
-    """Print two pairs word by word from where they part, each word with the reward at its last token."""
-    engine.eval()
-    pairs = list({pair["prompt"]: pair for pair in pairs}.values())[:2]
-    batch = collate(pairs, tokenizer, engine.device)
-    rewards = engine.module.forward_value(**batch, return_value_only=True)
-    style = "\033[4{0}m{1}\033[0m" if sys.stdout.isatty() else "{1}({2:+.1f})"
-    for (n, pair), side in itertools.product(enumerate(pairs), ("chosen", "rejected")):
-        row = n + len(pairs) * (side == "rejected")
-        values = rewards[row][batch["attention_mask"][row].bool()].tolist()
-        texts, words = [tokenizer.decode(pair[side][:t]) for t in range(len(values) + 1)], []
-        for t in range(len(os.path.commonprefix([pair["chosen"], pair["rejected"]])), len(values)):
-            piece = texts[t + 1][len(texts[t]) :]
-            before = words.pop()[0] if words and not piece[:1].isspace() else ""
-            words.append((before + piece, values[t]))
-        middle = sum(values) / len(values)
-        shown = [style.format(1 + (reward > middle), word.strip(), reward) for word, reward in words[:60]]
-        print(f"{side}, end score {values[-1]:+.3f}: ... {' '.join(shown)}")
-
-
-# ---- the run's input, and a run that was killed ----
+    return str(path)
 
 
 def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) -> tuple:
-    """Read, tokenize and check the data, and make the model: what a user's input can spoil.
-
-    Returns the tokenizer, the model, the training pairs and the held-out ones.
-    """
+    """What a user's input can spoil: the tokenizer, the model, the training pairs and the held-out ones."""
     path, data_path = args.model_name_or_path, args.data_path or []
     if path is None:
         path, data_path = folder, [demonstration(folder, args.seed)]
@@ -314,14 +219,16 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
         refuse(f"{path}: the tokenizer has no EOS token, with which every text ends: set one, save it")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # EOS is content here: PAD must differ
-    limit = getattr(config, "max_position_embeddings", args.max_seq_len)
-    if args.max_seq_len > limit:
+    if args.max_seq_len > (limit := getattr(config, "max_position_embeddings", args.max_seq_len)):
         refuse(f"--max_seq_len is {args.max_seq_len}, but {path} has {limit} positions: pass no more")
     train_pairs = read_pairs(data_path, "train", tokenizer, args.max_seq_len) if data_path else []
     if args.eval_path:
         eval_pairs = read_pairs(args.eval_path, "test", tokenizer, args.max_seq_len)
-    else:
-        train_pairs, eval_pairs = split_by_prompt(train_pairs, args.eval_fraction, args.seed)
+    else:  # no prompt on both sides
+        prompts = list(dict.fromkeys(pair["prompt"] for pair in in_order(train_pairs, args.seed)))
+        held_out = set(prompts[: math.ceil(len(prompts) / 10)])
+        eval_pairs = [pair for pair in train_pairs if pair["prompt"] in held_out]
+        train_pairs = [pair for pair in train_pairs if pair["prompt"] not in held_out]
     if shared := {pair["prompt"] for pair in train_pairs} & {pair["prompt"] for pair in eval_pairs}:
         print(f"warning: {len(shared)} prompts of the held-out data are in the training data too")
     print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
@@ -337,57 +244,45 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
     return tokenizer, model, train_pairs, eval_pairs
 
 
-def find_checkpoint(args: argparse.Namespace, ds_config: dict[str, Any], pairs: Pairs) -> tuple:
-    """The newest whole checkpoint of this run, or None, and all that the result depends on, by its name.
-
-    A folder that holds a run is refused without `--resume`, one that holds a run of other things with it.
-    """
-    flags = ("model_name_or_path", "seed", "num_train_epochs", "dropout", "compute_fp32_loss", "loss_on")
-    tokens = json.dumps(sorted((pair["chosen"], pair["rejected"]) for pair in pairs))  # however it was split
-    decides = {f"--{name}": str(getattr(args, name)) for name in flags}
-    decides |= {f"{name} in the DeepSpeed config": json.dumps(value) for name, value in ds_config.items()}
-    decides["the data"] = hashlib.sha256(tokens.encode()).hexdigest()
-    decides["the number of ranks"] = str(dist.get_world_size())
-    folder = Path(args.output_dir)
-    newest = max(folder.glob("checkpoints/step-*"), default=None)
-    found = [name for name in ("metrics.jsonl", "checkpoints", "config.json") if (folder / name).exists()]
-    if found and not args.resume:
-        refuse(f"--output_dir {folder} already holds {', '.join(found)}: pass --resume, or another")
-    if newest is None and "config.json" in found:
-        refuse(f"--output_dir {folder} holds a model, and no checkpoint to --resume from: pass another")
-    before = json.loads((newest / "decides.json").read_text()) if newest else decides
-    if changed := [name for name in before | decides if before.get(name) != decides.get(name)]:
-        refuse(f"--resume: {', '.join(changed)} changed since {newest}: put it back, or start anew")
-    return newest, decides
+@torch.no_grad()
+def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dict[str, float]:
+    """Accuracy, loss and scores on held-out pairs, to the bit the same on any number of ranks: the batches do
+    not depend on it, and each rank takes its share. A tie is half right."""
+    size, rank, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_rank(), dist.get_world_size()
+    pairs = in_order(pairs, 0)
+    results = torch.zeros(3, len(pairs), dtype=torch.float64, device=engine.device)
+    engine.eval()
+    for at in bar(range(0, len(pairs), size * ranks), desc="evaluating", delay=2, leave=False):
+        mine = slice(at + rank * size, at + (rank + 1) * size)
+        # Under ZeRO-3 every rank must take part in every forward: one without a share repeats a pair in vain.
+        output = engine(**collate(pairs[mine] or pairs[:1], tokenizer, engine.device))
+        for result, name in zip(results, ("loss", "chosen_mean_scores", "rejected_mean_scores")):
+            result[mine] = output[name].double()
+    dist.all_reduce(results)
+    loss, chosen, rejected = results
+    right, ties = (chosen > rejected).double(), (chosen == rejected).double()
+    means = torch.stack([loss, right + ties / 2, chosen - rejected, chosen, rejected]).mean(1).tolist()
+    names = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
+    return {f"eval_{name}": mean for name, mean in zip(names, means)} | {"eval_ties": int(ties.sum())}
 
 
-def save_checkpoint(engine: DeepSpeedEngine, folder: Path, decides: dict[str, str], written: int) -> None:
-    """Write a DeepSpeed checkpoint, name it when it is whole, and drop all but the newest two."""
-    with blame(f"{folder}: a checkpoint cannot be written, the older ones are whole"):
-        engine.save_checkpoint(str(folder), "unfinished", {"metrics_bytes": written}, save_latest=False)
-        if dist.get_rank() == 0:  # the engine has waited for every rank
-            (folder / "unfinished" / "decides.json").write_text(json.dumps(decides))
-            os.replace(folder / "unfinished", folder / f"step-{engine.global_steps:09d}")
-            for old in sorted(folder.glob("step-*"))[:-2]:
-                shutil.rmtree(old)
-    dist.barrier()
-
-
-def open_metrics(path: Path, size: int) -> IO[str]:
-    """The metrics, cut off after `size` bytes; ranks may outlive their launcher, and one run has the lock."""
-    if dist.get_rank() > 0:
-        return open(os.devnull, "a")
-    with blame(f"--output_dir {path.parent}: cannot be written, pass another"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a", encoding="utf-8")
-    with blame(f"{path}: another run is writing here, end its processes first"):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    shutil.rmtree(path.with_name("checkpoints") / "unfinished", ignore_errors=True)
-    file.truncate(size)  # lines after the checkpoint will be written again
-    return file
-
-
-# ---- the run ----
+@torch.no_grad()
+def show_rewards(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> None:
+    """Print two pairs word by word from where they part, each word with the reward at its last token."""
+    engine.eval()
+    style = "\033[4{0}m{1}\033[0m" if sys.stdout.isatty() else "{1}({2:+.1f})"
+    pairs = list({pair["prompt"]: pair for pair in pairs}.values())[:2]
+    for pair, side in itertools.product(pairs, ("chosen", "rejected")):
+        ids, words = torch.tensor([pair[side]], device=engine.device), []
+        rewards = engine.module.forward_value(ids, return_value_only=True)[0].tolist()
+        texts = [tokenizer.decode(pair[side][:t]) for t in range(len(rewards) + 1)]
+        for t in range(len(os.path.commonprefix([pair["chosen"], pair["rejected"]])), len(rewards)):
+            piece = texts[t + 1][len(texts[t]) :]
+            before = words.pop()[0] if words and not piece[:1].isspace() else ""
+            words.append((before + piece, rewards[t]))
+        middle = sum(rewards) / len(rewards)
+        shown = [style.format(1 + (reward > middle), word.strip(), reward) for word, reward in words[:60]]
+        print(f"{side}, end score {rewards[-1]:+.3f}: ... {' '.join(shown)}")
 
 
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
@@ -395,29 +290,65 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
     if "RANK" not in os.environ:  # `python train_reward.py`, without a launcher; port 0 is any free one
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Else the ranks of one machine fight for its cores.
+    if "OMP_NUM_THREADS" not in os.environ:  # else the ranks of one machine fight for its cores
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))
     deepspeed.init_distributed()
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # one rank tells
-    path = args.deepspeed_config
-    with blame(f"--deepspeed_config {path}: pass a JSON file like ds_config.json, which DeepSpeed takes"):
+    folder, path = Path(args.output_dir), args.deepspeed_config
+    found = [name for name in ("metrics.jsonl", "checkpoints", "config.json") if (folder / name).exists()]
+    can_resume = args.resume and ("checkpoints" in found or "config.json" not in found)
+    if args.num_train_epochs and found and not can_resume:
+        refuse(f"--output_dir {folder} holds {', '.join(found)}: pass another, or --resume after checkpoints")
+    with blame(f"--deepspeed_config {path}: pass JSON for DeepSpeed, with an optimizer, like ds_config.json"):
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
-        resolved = DeepSpeedConfig(ds_config)
-    if "optimizer" not in ds_config:
-        refuse(f"--deepspeed_config {path}: it has no optimizer, add one: see ds_config.json")
+        resolved, _ = DeepSpeedConfig(ds_config), ds_config["optimizer"]
     return ds_config, resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
 
 
+def open_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, pairs: Pairs) -> tuple:
+    """Go on from the newest whole checkpoint, if there is one. Returns what the result depends on, by name,
+    none of which may have changed, and the metrics, locked: ranks may outlive their launcher."""
+    flags = ("model_name_or_path", "seed", "num_train_epochs", "dropout", "compute_fp32_loss", "loss_on")
+    tokens = json.dumps(sorted((pair["chosen"], pair["rejected"]) for pair in pairs))  # however it was split
+    decides = {f"--{name}": getattr(args, name) for name in flags}
+    decides |= {f"{name} in the DeepSpeed config": value for name, value in config.items()}
+    decides["the data"] = hashlib.sha256(tokens.encode()).hexdigest()
+    decides["the number of ranks"] = dist.get_world_size()
+    folder, file, written = Path(args.output_dir), io.StringIO(), 0
+    if newest := max(folder.glob("checkpoints/step-*"), default=None):
+        before, written = json.loads((newest / "run.json").read_text())
+        if changed := [name for name in before | decides if before.get(name) != decides.get(name)]:
+            refuse(f"--resume: {', '.join(changed)} changed since {newest}: put it back, or start anew")
+        engine.load_checkpoint(str(newest.parent), newest.name)
+    if dist.get_rank() == 0:
+        with blame(f"--output_dir {folder}: cannot be written, pass another"):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        with blame(f"{file.name}: another run is writing here, end its processes first"):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder / "checkpoints" / "unfinished", ignore_errors=True)
+        file.truncate(written)  # the lines after the checkpoint will be written again
+    return decides, file
+
+
+def save_checkpoint(engine: DeepSpeedEngine, folder: Path, decides: dict, file: IO[str]) -> None:
+    """Write a DeepSpeed checkpoint, name it when it is whole, and drop all but the newest two."""
+    with blame(f"{folder}: a checkpoint cannot be written, the older ones are whole"):
+        engine.save_checkpoint(str(folder), "unfinished", save_latest=False)
+        if dist.get_rank() == 0:  # the engine has waited for every rank
+            (folder / "unfinished" / "run.json").write_text(json.dumps([decides, file.tell()]))
+            os.replace(folder / "unfinished", folder / f"step-{engine.global_steps:09d}")
+            for old in sorted(folder.glob("step-*"))[:-2]:
+                shutil.rmtree(old)
+
+
 def log(engine: DeepSpeedEngine, file: IO[str], metrics: dict[str, Any]) -> None:
-    print(json.dumps({"step": engine.global_steps} | metrics), file=file, flush=True)
-    known = [(f"Train/{k}", v, engine.global_steps) for k, v in metrics.items() if v is not None]
-    engine.monitor.write_events(known)
+    step = engine.global_steps
+    print(json.dumps({"step": step} | metrics), file=file, flush=True)
+    engine.monitor.write_events([(f"Train/{name}", m, step) for name, m in metrics.items() if m is not None])
     if "eval_loss" in metrics:
-        line = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        tell = tqdm.write if sys.stderr.isatty() else print  # in a file the former draws the bar anew
-        tell(f"step {engine.global_steps}: {line}")
+        print(f"\nstep {step}: {', '.join(f'{name} {m:.4g}' for name, m in metrics.items())}", flush=True)
 
 
 def take_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | None:
@@ -431,8 +362,7 @@ def take_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | None:
     engine.step()
     if last and not engine.was_step_applied():
         return None if engine.fp16_enabled() else math.nan  # fp16 skips steps to find its loss scale
-    norm = engine.get_global_grad_norm() if norm is None else norm
-    return norm and float(norm)
+    return float(engine.get_global_grad_norm() or 0) if norm is None else norm
 
 
 def main() -> None:
@@ -443,12 +373,9 @@ def main() -> None:
         tokenizer, model, train_pairs, eval_pairs = prepare(args, ds_config, folder)
     share, count = micro * accumulation, micro * accumulation * ranks  # pairs of a rank, of all, in a step
     epoch_steps = len(train_pairs) // count
-    total_steps, checkpoint = args.num_train_epochs * epoch_steps, None
+    total_steps = args.num_train_epochs * epoch_steps
     if args.num_train_epochs and not epoch_steps:
-        needed = f"{count} are needed (micro-batch x accumulation x ranks)"
-        refuse(f"{len(train_pairs)} training pairs remain, {needed}: pass more, or lower these")
-    if args.num_train_epochs:
-        checkpoint, decides = find_checkpoint(args, ds_config, train_pairs + eval_pairs)
+        refuse(f"{len(train_pairs)} training pairs remain, {count} are needed for a step: pass more")
     schedule = ds_config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
         schedule["total_num_steps"] = max(total_steps, schedule.get("warmup_num_steps", 0) + 1)
@@ -458,15 +385,14 @@ def main() -> None:
         print(json.dumps(evaluate(engine, eval_pairs, tokenizer)))
         return show_rewards(engine, eval_pairs, tokenizer)
 
-    state = engine.load_checkpoint(str(checkpoint.parent), checkpoint.name)[1] if checkpoint else {}
-    file = open_metrics(output_dir / "metrics.jsonl", state.get("metrics_bytes", 0))
+    decides, file = open_run(engine, args, ds_config, train_pairs + eval_pairs)
     print(f"{epoch_steps} steps an epoch, which skip {len(train_pairs) % count} pairs, others in each epoch")
-    if checkpoint is None:
+    if not engine.global_steps:
         log(engine, file, evaluate(engine, eval_pairs, tokenizer))
     shuffled = functools.lru_cache(1)(lambda epoch: in_order(train_pairs, args.seed + epoch))
     progress = bar(total=total_steps, initial=engine.global_steps, desc="training")
-    engine.train()
     for step in range(engine.global_steps, total_steps):
+        engine.train()
         began, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64, device=engine.device)
         at = (step % epoch_steps * ranks + rank) * share
         pairs = shuffled(step // epoch_steps)[at : at + share]
@@ -485,8 +411,8 @@ def main() -> None:
                 what = f"loss {loss.item()}, or its gradient, is not finite, and the weights are as they were"
                 where = f"look at {', '.join(row['where'] for row in rows)}, or lower the learning rate"
                 refuse(f"step {step + 1}: {what}; {where}; last checkpoint: {newest}")
-            right = (margin > 0).double() + 0.5 * (margin == 0)
-            parts = loss * micro, right.sum(), margin.sum(), batch["attention_mask"].sum()
+            right = (margin > 0).sum() + (margin == 0).sum() / 2
+            parts = loss * micro, right, margin.sum(), batch["attention_mask"].sum()
             sums += torch.stack([part.detach().double() for part in parts])
         dist.all_reduce(sums)
         seconds = time.perf_counter() - began
@@ -501,7 +427,7 @@ def main() -> None:
         if step + 1 == total_steps or args.eval_interval and (step + 1) % args.eval_interval == 0:
             log(engine, file, evaluate(engine, eval_pairs, tokenizer))
         if args.save_interval and (step + 1) % args.save_interval == 0:
-            save_checkpoint(engine, output_dir / "checkpoints", decides, file.tell())
+            save_checkpoint(engine, output_dir / "checkpoints", decides, file)
     progress.close()
     with blame("the critic"):
         save_critic_model(engine, tokenizer, output_dir)
