@@ -47,7 +47,12 @@ SIDES = ("chosen", "rejected")
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES["max_position_embeddings"] = 256
-GATED = SIZES | {"intermediate_size": 48, "num_key_value_heads": 1, "pad_token_id": PAD}
+GATED = SIZES | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "pad_token_id": PAD,
+}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
 MOE = GATED | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 # name: (model_type, config, whether each token is computed once)
@@ -75,7 +80,7 @@ FAMILIES |= {
     "phi": ("phi", SIZES | {"intermediate_size": 48}, True),
     "phi3-window": ("phi3", GATED | {"sliding_window": 8}, True),
     "starcoder2": ("starcoder2", GATED | {"sliding_window": 8}, True),
-    "deepseek_v3": ("deepseek_v3", MOE | {"num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}, True),
+    "deepseek_v3": ("deepseek_v3", MOE | {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}, True),
     "stablelm": ("stablelm", GATED, False),
 }  # fmt: skip
 PLAIN = ["opt", "opt-350m", "llama", "gpt2", "gpt_neox", "bloom", "qwen3"]
