@@ -45,14 +45,9 @@ PAD, VOCAB = 0, 96
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
 SIDES = ("chosen", "rejected")
 
-SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES["max_position_embeddings"] = 256
-GATED = SIZES | {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "pad_token_id": PAD,
-}
+GATED = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": PAD}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
 MOE = GATED | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 # name: (model_type, config, whether each token is computed once)
