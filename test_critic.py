@@ -1263,7 +1263,8 @@ def test_loop_stops_before_a_step_that_is_not_finite(fault, training, tokenizer,
     held_out = [*make_pairs(7, 2, highest=78), make_pairs(31, highest=78)[0]]
     held_out, cases = write_rows(tmp_path / "eval.jsonl", held_out), {}
     for name, (stage, bf16) in FAULTY.items():
-        config = write_ds_config(tmp_path / f"{name}.json", stage, bf16={"enabled": bf16})
+        options = {"bf16": {"enabled": bf16}, "gradient_accumulation_steps": 2 if fault == "loss" else 1}
+        config = write_ds_config(tmp_path / f"{name}.json", stage, **options)
         cases[name] = flags(
             model_name_or_path=tmp_path / "base", data_path=data, eval_path=held_out, max_seq_len=64,
             output_dir=tmp_path / name, deepspeed_config=config, save_interval=1, num_train_epochs=2,
