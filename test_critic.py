@@ -893,7 +893,7 @@ def test_loop_every_row_form(tokenizer, tmp_path):
     talker.chat_template = SPEAK
     say = lambda *texts: [{"role": "user", "content": text} for text in texts]
     path = write_rows(tmp_path / "rows.jsonl", [
-        {"chosen": "\n\nHuman: w3\n\nAssistant: w4", "rejected": "\n\nHuman: w3\n\nAssistant: w4 w5"},
+        {"prompt": "\n\nHuman: w3\n\nAssistant:", "chosen": " w4", "rejected": " w4 w5"},
         {"chosen": "\n\nHuman: w3\n\nAssistant: w6", "rejected": "\n\nHuman: w3\n\nAssistant: w7", "a column": [1]},
         {"prompt": say("w3"), "chosen": say("w4"), "rejected": say("w5")},
         {"chosen": say("w3", "w6"), "rejected": say("w3", "w7")},
@@ -909,7 +909,7 @@ def test_loop_every_row_form(tokenizer, tmp_path):
     texts = [pair[side] for pair in pairs for side in SIDES]
     assert {text.index(tokenizer.eos_token_id) - len(text) for text in texts} == {-1}
     prompts = [pair["prompt"] for pair in pairs]
-    assert set(prompts[:2]) == {"\n\nHuman: w3"} and len({prompts[n] for n in (2, 3, 9)}) == 1
+    assert set(prompts[:2]) == {"Human: w3"} and len({prompts[n] for n in (2, 3, 9)}) == 1
 
 
 # Notes the lines and prompts of each batch, and for what it was made.
@@ -1348,9 +1348,9 @@ BAD_INPUT = {
     "an unknown flag": (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
     "an unknown model": (["--model_name_or_path", "no/such-model"], "no/such-model"),
     "evaluating a base model": (["--num_train_epochs", "0"], "no value head|without a value head"),
-    "a run in output_dir": (["--output_dir", "used"], "used holds metrics.jsonl: pass another, or --resume"),
+    "a run in output_dir": (["--output_dir", "used"], "used holds metrics.jsonl: pass another --output_dir, or --resume"),
     "another run in output_dir": (["--output_dir", "used", "--resume"], "metrics.jsonl: another run is writing here"),
-    "a model in output_dir": (["--output_dir", "base", "--resume"], "base holds config.json: pass another"),
+    "a model in output_dir": (["--output_dir", "base", "--resume"], "base holds config.json: pass another --output_dir"),
     "output_dir below a file": (["--output_dir", "base/config.json/out"], "base/config.json/out"),
     "no config": (["--deepspeed_config", "missing.json"], "missing.json"),
     "a config that is not JSON": (["--deepspeed_config", "good.jsonl"], "good.jsonl: pass JSON for DeepSpeed"),

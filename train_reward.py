@@ -31,7 +31,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import BaseModel, Field, model_validator
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, logging, set_seed
 
 from critic import Tokenizer, create_critic_model, save_critic_model
 
@@ -132,13 +132,13 @@ def read_rows(path: str, split: str) -> list[dict[str, Any]]:
 
 
 def render(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, list[str]]:
-    """A row's prompt and its whole texts, messages through the chat template. Without a prompt it is what the
-    texts begin with, up to the last turn of HH-RLHF's: it serves to keep the pairs of one prompt together."""
+    """A row's prompt, which keeps the pairs of one prompt together, and its whole texts, messages through the
+    chat template. Without a prompt: what the texts begin with, up to the last turn of HH-RLHF or the last line."""
     prompt, answers = row["prompt"], row["ranked"]
     if isinstance(answers[0], str):
-        common = os.path.commonprefix(answers)
-        common = common.rpartition("\n\nAssistant:")[0] or common
-        return prompt or common, [(prompt or "") + text for text in answers]
+        common = prompt or os.path.commonprefix(answers)
+        common = common.rpartition("\n\nAssistant:")[0] or prompt or common.rpartition("\n")[0] or common
+        return common.strip(), [(prompt or "") + text for text in answers]
     with blame(f"{row['where']}: the tokenizer's chat template does not take these messages"):
         dialogues = [(prompt or []) + answer for answer in answers]
         texts = [tokenizer.apply_chat_template(dialogue, tokenize=False).rstrip() for dialogue in dialogues]
@@ -292,6 +292,7 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if "OMP_NUM_THREADS" not in os.environ:  # else the ranks of one machine fight for its cores
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))
+    logging.set_verbosity_error()  # of transformers, which would warn that a fresh head is fresh
     deepspeed.init_distributed()
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # one rank tells
@@ -299,7 +300,9 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
     found = [name for name in ("metrics.jsonl", "checkpoints", "config.json") if (folder / name).exists()]
     can_resume = args.resume and ("checkpoints" in found or "config.json" not in found)
     if args.num_train_epochs and found and not can_resume:
-        refuse(f"--output_dir {folder} holds {', '.join(found)}: pass another, or --resume after checkpoints")
+        refuse(
+            f"{folder} holds {', '.join(found)}: pass another --output_dir, or --resume from its checkpoints"
+        )
     with blame(f"--deepspeed_config {path}: pass JSON for DeepSpeed, with an optimizer, like ds_config.json"):
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
         resolved, _ = DeepSpeedConfig(ds_config), ds_config["optimizer"]
@@ -321,6 +324,7 @@ def open_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, pa
         if changed := [name for name in before | decides if before.get(name) != decides.get(name)]:
             refuse(f"--resume: {', '.join(changed)} changed since {newest}: put it back, or start anew")
         engine.load_checkpoint(str(newest.parent), newest.name)
+        print(f"going on from {newest}")
     if dist.get_rank() == 0:
         with blame(f"--output_dir {folder}: cannot be written, pass another"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -384,7 +388,6 @@ def main() -> None:
     if not total_steps:
         print(json.dumps(evaluate(engine, eval_pairs, tokenizer)))
         return show_rewards(engine, eval_pairs, tokenizer)
-
     decides, file = open_run(engine, args, ds_config, train_pairs + eval_pairs)
     print(f"{epoch_steps} steps an epoch, which skip {len(train_pairs) % count} pairs, others in each epoch")
     if not engine.global_steps:
