@@ -133,7 +133,7 @@ def read_rows(path: str, split: str) -> list[dict[str, Any]]:
 
 def render(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, list[str]]:
     """A row's prompt, which keeps the pairs of one prompt together, and its whole texts, messages through the
-    chat template. Without a prompt: what the texts begin with, up to the last turn of HH-RLHF or the last line."""
+    chat template. Without a prompt it is what the texts begin with, up to HH-RLHF's last turn or a line."""
     prompt, answers = row["prompt"], row["ranked"]
     if isinstance(answers[0], str):
         common = prompt or os.path.commonprefix(answers)
@@ -300,9 +300,7 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
     found = [name for name in ("metrics.jsonl", "checkpoints", "config.json") if (folder / name).exists()]
     can_resume = args.resume and ("checkpoints" in found or "config.json" not in found)
     if args.num_train_epochs and found and not can_resume:
-        refuse(
-            f"{folder} holds {', '.join(found)}: pass another --output_dir, or --resume from its checkpoints"
-        )
+        refuse(f"{folder} holds {', '.join(found)}: pass another --output_dir, or --resume a run")
     with blame(f"--deepspeed_config {path}: pass JSON for DeepSpeed, with an optimizer, like ds_config.json"):
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
         resolved, _ = DeepSpeedConfig(ds_config), ds_config["optimizer"]
