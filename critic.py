@@ -126,22 +126,26 @@ class PrefixTree:
         self.blocks = [(len(list(rows)), *shape) for shape, rows in shapes]
         self.query_columns = self.of_blocks(columns, 1)
         self.key_columns = self.of_blocks(t.expand_as(rows)[seen], 2)
-        self.masks: dict[int | None, list[Tensor | None]] = {}
+        self.masks: dict[tuple, list[Tensor | None]] = {}
 
     def of_blocks(self, x: Tensor, which: int) -> list[Tensor]:
         """(N, ...) or (keys, ...) of all rows, to (rows, queries, ...) or (rows, keys, ...) of each block."""
         pieces = x.split([block[0] * block[which] for block in self.blocks])
         return [piece.unflatten(0, (block[0], -1)) for piece, block in zip(pieces, self.blocks)]
 
-    def masks_within(self, window: int | None) -> list[Tensor | None]:
-        """Of each block (rows, 1, queries, keys): True where a key is seen; None where `is_causal` does."""
-        if window not in self.masks:  # made by the first layer that asks
-            self.masks[window] = []
+    def masks_within(self, window: int | None, copies: int, dtype: torch.dtype) -> list[Tensor | None]:
+        """What is added to each block's scores, (rows, 1, copies * queries, keys): 0 where a key is seen,
+        else -inf; None where `is_causal` says the same. One for all layers, since autograd keeps it."""
+        if (window, copies, dtype) not in self.masks:
+            masks = self.masks[window, copies, dtype] = []
             for q, k in zip(self.query_columns, self.key_columns):
-                whole = torch.equal(q, k) and not (window and window < q.size(1))
-                seen = None if whole else ((d := q[:, :, None] - k[:, None]) >= 0) & (d < (window or UNREAD))
-                self.masks[window].append(None if whole else seen[:, None].to(self.ids.device))
-        return self.masks[window]
+                if torch.equal(q, k) and not (window and window < q.size(1)):
+                    masks.append(None)
+                    continue
+                hidden = ((distance := q[:, :, None] - k[:, None]) < 0) | (distance >= (window or UNREAD))
+                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+                masks.append(mask.repeat(1, copies, 1)[:, None].to(self.ids.device))
+        return self.masks[window, copies, dtype]
 
 
 def tree_attention(
@@ -151,31 +155,27 @@ def tree_attention(
 
     Args:
         query (1, heads, N, D), key, value (1, groups, N, D): a group of heads shares keys (arXiv:2305.13245).
-        options: what a layer passes, and `tree`, a PrefixTree: without it this is transformers' sdpa. With a
-            `sliding_window` a query sees so many columns, its own included; a padding query further than that
-            behind the content sees no key, and gets zeros.
+        options: a layer's, and `tree`, a PrefixTree; without, this is transformers' sdpa. `sliding_window`:
+            columns that a query sees, its own included. Padding too far from the content sees none: zeros.
 
     Returns (1, N, heads, D), and None for the attention weights.
     """
-    tree, window = options.pop("tree", None), options.get("sliding_window")
+    tree = options.pop("tree", None)
     if tree is None:
         return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
-    if window is None:
-        window = getattr(module, "sliding_window", None)  # Qwen2-MoE has it, and does not pass it
+    window = options.get("sliding_window") or getattr(module, "sliding_window", None)  # Qwen2-MoE's
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads or groups, D)
     heads, groups, D = query.size(1), key.size(1), query.size(2)
     queries = tree.of_blocks(query, 1)
     keys, values = (tree.of_blocks(x.index_select(0, tree.keys), 2) for x in (key, value))
     attended, settings = [], {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
-    for q, k, v, seen in zip(queries, keys, values, tree.masks_within(window)):
+    for q, k, v, bias in zip(queries, keys, values, tree.masks_within(window, heads // groups, query.dtype)):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (rows, heads or groups, tokens, D)
-        if seen is None:
+        if bias is None:
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **settings)
         else:  # few kernels take groups and a mask: a group's heads become more queries of one head
-            q, seen = q.reshape(len(q), groups, -1, D), seen.repeat(1, 1, heads // groups, 1)
-            x = F.scaled_dot_product_attention(q, k, v, seen, **settings)
-        x = x.reshape(len(q), heads, -1, v.size(3))  # (rows, heads, tokens, D)
-        attended.append(x.transpose(1, 2).flatten(0, 1))
+            x = F.scaled_dot_product_attention(q.reshape(len(q), groups, -1, D), k, v, bias, **settings)
+        attended.append(x.reshape(len(q), heads, -1, v.size(3)).transpose(1, 2).flatten(0, 1))
     return torch.cat(attended)[None], None
 
 
