@@ -203,13 +203,13 @@ def demonstration(folder: str, seed: int) -> str:
     tokenizer.save_pretrained(folder)
     sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1)
-    set_seed(seed)
     AutoModel.from_config(config).save_pretrained(folder)
     return str(path)
 
 
 def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) -> tuple:
     """What a user's input can spoil: the tokenizer, the model, the training pairs and the held-out ones."""
+    set_seed(args.seed)
     path, data_path = args.model_name_or_path, args.data_path or []
     if path is None:
         path, data_path = folder, [demonstration(folder, args.seed)]
@@ -234,7 +234,6 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
     print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
     if not eval_pairs:
         refuse("0 held-out pairs remain: see what was left out, pass more data or a larger --max_seq_len")
-    set_seed(args.seed)
     trained, head = args.num_train_epochs == 0, args.compute_fp32_loss
     with blame(f"--model_name_or_path {path}"):
         model = create_critic_model(path, tokenizer, ds_config, 0, trained, args.dropout, 0, head)
