@@ -149,8 +149,8 @@ def pad_rows(rows, side="right", extra=3):
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def same(a, b, what="", atol=1e-5):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0, msg=lambda text: f"{what}: {text}")
+def same(a, b, what=""):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=lambda text: f"{what}: {text}")
 
 
 def gradients(model, loss):
@@ -548,14 +548,6 @@ def cut(path, data=None):
     return str(path.parent)
 
 
-def as_bin(folder, change=lambda state: None):
-    """Turn a folder's weights into a pickle."""
-    state = transformers.modeling_utils.load_state_dict(f"{folder}/model.safetensors")
-    Path(folder, "model.safetensors").unlink()
-    torch.save({key: value.clone() for key, value in state.items()}, f"{folder}/pytorch_model.bin")
-    return Path(damage(folder, change), "pytorch_model.bin")
-
-
 NORM = "rwtransformer.norm.weight"
 # name: (what is done to a reward checkpoint and a base model, and which is loaded; what the message holds)
 BAD_CHECKPOINTS = {
@@ -566,7 +558,7 @@ BAD_CHECKPOINTS = {
     "two labels": (lambda f, b: damage(f, lambda s: s.update({"v_head.weight": torch.ones(2, 32)})), r"mismatched .*score\.weight"),
     "no head": (lambda f, b: damage(f, lambda s: s.pop("v_head.weight")), "rlhf_training=False"),
     "a base model": (lambda f, b: b, "missing score.weight.*rlhf_training=False"),
-    "a base model without a key": (lambda f, b: as_bin(b, lambda s: s.pop("norm.weight")).parent, r"missing model\.norm\.weight"),
+    "a base model without a key": (lambda f, b: damage(f, lambda s: (s.pop("v_head.weight"), s.pop(NORM))), r"missing model\.norm\.weight"),
     "no weights": (lambda f, b: (Path(f, "pytorch_model.bin").unlink(), f)[1], "model.safetensors"),
     "a pickle with code": (lambda f, b: cut(Path(f, "pytorch_model.bin"), pickle.dumps(Payload())), "reward cannot be read"),
     "a truncated .bin": (lambda f, b: cut(Path(f, "pytorch_model.bin")), "reward cannot be read"),
@@ -700,11 +692,6 @@ def test_a_full_disk_names_the_folder_and_leaves_the_old_critic(tokenizer, tmp_p
     assert (folder / "model.safetensors").read_bytes() == before and not (folder / ".writing").exists()
     with pytest.raises(OSError, match="config.json/below"):
         save_critic_model(model, tokenizer, folder / "config.json" / "below")
-
-
-def test_import_needs_no_deepspeed():
-    code = "import sys, critic; sys.exit('deepspeed' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
 # ---- the loop, on real processes ----
@@ -917,12 +904,12 @@ WATCH = """
 import json, os, sys, train_reward
 seen, collate = {"main": [], "evaluate": []}, train_reward.collate
 def watch(pairs, *rest):
-    seen.setdefault(sys._getframe(1).f_code.co_name, []).append([(pair["where"], pair["prompt"]) for pair in pairs])
+    seen[sys._getframe(1).f_code.co_name].append([(pair["where"], pair["prompt"]) for pair in pairs])
     return collate(pairs, *rest)
 train_reward.collate = watch
 train_reward.main()
 json.dump(seen, open(f"{os.path.dirname(__file__)}/seen-{os.environ['RANK']}.json", "w"))
-train_reward.dist.destroy_process_group()
+train_reward.dist.barrier(), train_reward.dist.destroy_process_group()
 """
 
 
@@ -1000,7 +987,7 @@ ds_config, results = json.load(open(arguments[0])), {}
 EPILOGUE = """
 if rank == 0:
     json.dump(results, open(output, "w"))
-torch.distributed.destroy_process_group()
+torch.distributed.barrier(), torch.distributed.destroy_process_group()
 """
 
 
@@ -1235,26 +1222,43 @@ def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
     config = write_ds_config(tmp_path / "ds.json", gradient_accumulation_steps=2, gradient_clipping=0.5)
     changes = {
-        "the data": ["--data_path", write_rows(tmp_path / "other.jsonl", make_pairs(seed=5))],
+        "the data": ["--data_path", write_rows(tmp_path / "other.jsonl", make_pairs()[::-1])],
+        "the data, moved": ["--data_path", training.held_out, "--eval_path", training.folder / "train.jsonl.gz"],
         "--seed": ["--seed", "1"], "--loss_on": ["--loss_on", "end"], "--compute_fp32_loss": ["--no-compute_fp32_loss"],
         "gradient_clipping in the DeepSpeed config": ["--deepspeed_config", config],
     }  # fmt: skip
     cases = {name: [*training(output), "--resume", *change] for name, change in changes.items()}
     for name, (code, message, _) in drive(cases, tmp_path).items():
         assert code == 1 and "put it back" in message
-        assert name in message and "the number of ranks" in message
-        assert ("the data" in message) == (name == "the data")
+        assert name.partition(",")[0] in message and "the number of ranks" in message
+        assert ("the data" in message) == ("data" in name)
     assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
 
 
+def test_loop_nothing_is_made_of_ruins(training, trained, tmp_path):
+    """A checkpoint that is damaged; a critic whose checkpoints are gone; a last step that ruins the weights."""
+    for name, lost in {"damaged": "mp_rank*", "done": "step-*"}.items():
+        shutil.copytree(trained[1, 0][0], tmp_path / name, ignore=shutil.ignore_patterns(lost))
+    ruin = {"optimizer": {"type": "AdamW", "params": {"lr": math.inf, "torch_adam": True}}, "scheduler": None}
+    cases = {
+        "step-000000012: cannot be read, delete it": [*training(tmp_path / "damaged", 0, 4), "--resume"],
+        "holds metrics.jsonl, checkpoints, config.json: pass": [*training(tmp_path / "done", 0, 4), "--resume"],
+        "step 1: the held-out loss is not finite": [*training(tmp_path / "new", 0, 12, **ruin), "--num_train_epochs", 1],
+    }  # fmt: skip
+    for message, (code, said, _) in drive(cases, tmp_path).items():
+        assert code == 1 and message in said and "critic saved" not in said, said[-3000:]
+    assert not (tmp_path / "new" / "model.safetensors").exists()
+
+
 GOOD = {"prompt": "w3", "chosen": " w4 w1", "rejected": " w5 w2"}
-FAULTY = {"float32": (0, False), "bf16": (0, True), "ZeRO-2": (2, False), "ZeRO-3": (3, False)}
+STATIC = {"fp16": {"enabled": True, "loss_scale": 64}}
+FAULTY = {"float32": (0, {}), "bf16": (0, BF16), "fp16": (1, STATIC), "ZeRO-2": (2, {}), "ZeRO-3": (3, {})}
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_loop_stops_before_a_step_that_is_not_finite(fault, training, tokenizer, tmp_path):
     """The embedding of w79 is NaN and one pair has it, in the first micro-batch of the second step; or the fifth
-    gradient is NaN, though its loss is not."""
+    gradient is NaN, that of the third step's first micro-batch, though its loss is not."""
     model = make_backbone("llama")
     model.get_input_embeddings().weight.data[tokenizer("w79")["input_ids"][0]] = math.nan
     model.save_pretrained(tmp_path / "base")
@@ -1262,9 +1266,8 @@ def test_loop_stops_before_a_step_that_is_not_finite(fault, training, tokenizer,
     bad = GOOD | ({"prompt": "w5 w79"} if fault == "loss" else {})
     data = write_rows(tmp_path / "pairs.jsonl", [*make_pairs(31, highest=78), bad])
     held_out, cases = write_rows(tmp_path / "eval.jsonl", make_pairs(8, highest=78)), {}
-    for name, (stage, bf16) in FAULTY.items():
-        options = {"bf16": {"enabled": bf16}, "gradient_accumulation_steps": 2 if fault == "loss" else 1}
-        config = write_ds_config(tmp_path / f"{name}.json", stage, **options)
+    for name, (stage, precision) in FAULTY.items():
+        config = write_ds_config(tmp_path / f"{name}.json", stage, gradient_accumulation_steps=2, **precision)
         cases[name] = flags(
             model_name_or_path=tmp_path / "base", data_path=data, eval_path=held_out, max_seq_len=64,
             output_dir=tmp_path / name, deepspeed_config=config, save_interval=1, num_train_epochs=2, seed=10,
@@ -1276,7 +1279,7 @@ def test_loop_stops_before_a_step_that_is_not_finite(fault, training, tokenizer,
         assert code == 1 and finite and not (output / "model.safetensors").exists(), said[-3000:]
         assert f"step {taken + 1}: loss " in error and "not finite" in error
         assert "warning: 8 prompts of the held-out data are in the training data too" in said
-        assert f"{data}:32" in error if fault == "loss" else taken == 4 and f"{data}:" in error
+        assert f"{data}:32" in error if fault == "loss" else taken == 2 and error.count(f"{data}:") == 8
         assert error.endswith(f"checkpoints/step-{taken:09d}" if taken else "none, see --save_interval")
 
 
@@ -1320,9 +1323,7 @@ BAD_INPUT = {
     "broken UTF-8": (with_data(b'{"chosen": "\xff"}\n'), AT + "Invalid JSON"),
     "a lone surrogate": (with_data(b'{"chosen": "\\ud800 a", "rejected": "b"}\n'), AT + "Invalid JSON"),
     "broken JSON in line 7": (with_data(json.dumps(GOOD).encode() + b"\n" * 6 + b"{,}\n"), r"pairs\.jsonl:7: .*Invalid JSON"),
-    "a JSON list": (with_data([1, 2]), AT + "should be an object"),
     "a missing key": (with_data({"prompt": "w3", "chosen": "w4"}), AT + "give chosen and rejected"),
-    "a number for text": (with_data(GOOD | {"rejected": 3}), AT + "rejected.* should be a valid string"),
     "an empty text": (with_data(GOOD | {"chosen": " "}), AT + "an answer is empty"),
     "one ranked answer": (with_data({"prompt": "w3", "ranked": ["w4"]}), AT + "ranked .*at least 2 items"),
     "ranked of two kinds": (with_data({"prompt": "w3", "ranked": ["w4", TALK]}), AT + "all be texts, or all be messages"),
@@ -1336,19 +1337,16 @@ BAD_INPUT = {
     "content that is no text": (with_talk([{"role": "user", "content": 3}]), AT + "content Input should be a valid string"),
     "messages without a template": (lambda f: [*with_talk(TALK)(f), "--model_name_or_path", "mute"], r"pairs\.jsonl:1: .*chat_template is not set"),
     "no such file": (["--data_path", "missing.jsonl"], "missing.jsonl: cannot be read"),
-    "a directory": (["--data_path", "."], r"\.: cannot be read"),
     "a hub dataset without the library": (["--data_path", "some/pairs"], "pip install datasets"),
-    "no such held-out file": (["--eval_path", "missing.jsonl"], "missing.jsonl: cannot be read"),
     "max_seq_len 0": (["--max_seq_len", "0"], "--max_seq_len at least 2"),
     "beyond the positions": (["--max_seq_len", "300"], "--max_seq_len is 300, but .* has 256 positions"),
     "negative epochs": (["--num_train_epochs", "-1"], "--num_train_epochs and the intervals must be 0 or more"),
-    "a negative interval": (["--save_interval", "-1"], "--num_train_epochs and the intervals must be 0 or more"),
     "dropout 1.5": (["--dropout", "1.5"], "dropout is 1.5"),
     "an unknown loss": (["--loss_on", "mean"], "--loss_on: invalid choice: 'mean'"),
     "an unknown flag": (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
     "an unknown model": (["--model_name_or_path", "no/such-model"], "no/such-model"),
     "evaluating a base model": (["--num_train_epochs", "0"], "no value head|without a value head"),
-    "a run in output_dir": (["--output_dir", "used"], "used holds metrics.jsonl: pass another --output_dir, or --resume"),
+    "a run in output_dir": (["--output_dir", "used"], "used holds metrics.jsonl, checkpoints: pass another --output_dir, or --resume"),
     "another run in output_dir": (["--output_dir", "used", "--resume"], "metrics.jsonl: another run is writing here"),
     "a model in output_dir": (["--output_dir", "base", "--resume"], "base holds config.json: pass another --output_dir"),
     "output_dir below a file": (["--output_dir", "base/config.json/out"], "base/config.json/out"),
@@ -1357,8 +1355,6 @@ BAD_INPUT = {
     "no batch size": (with_config({"train_micro_batch_size_per_gpu": None}), "train_micro_batch_size_per_gpu needs to be"),
     "no optimizer": (with_config({"optimizer": None}), "with an optimizer, like ds_config.json"),
     "an unknown optimizer": (with_config({"optimizer": {"type": "Adamm", "params": {}}}), "Adamm is not a supported"),
-    "an unknown schedule": (with_config({"scheduler": {"type": "Cosine", "params": {}}}), "LR scheduler Cosine"),
-    "an unknown stage": (with_config({"zero_optimization": {"stage": 7}}), "Input should be 0, 1, 2"),
     "two precisions": (with_config(BF16 | FP16), "cannot be simultaneously"),
     "more accumulation than data": (with_config({"gradient_accumulation_steps": 99}), "21 training pairs remain, 396 are needed"),
     "a truncated safetensors": (with_model(lambda f: cut(f / "model.safetensors")), "safetensors cannot be read"),
@@ -1386,7 +1382,9 @@ def refusals(tokenizer, tmp_path_factory):
         (folder / name.replace(" ", "_")).mkdir()
         arguments = arguments(folder / name.replace(" ", "_")) if callable(arguments) else arguments
         cases[name] = arguments[1:] if arguments[0] == "only" else [*usual, *arguments]
-    (folder / "used").mkdir()
+    (folder / "used" / "checkpoints" / "step-000000001").mkdir(
+        parents=True
+    )  # is not read: another run writes
     with (folder / "used" / "metrics.jsonl").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as ranks that outlive their launcher do
         file.write("{}\n")

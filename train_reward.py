@@ -6,7 +6,6 @@ Without arguments a small critic learns, offline, to tell Python's reference man
 import argparse
 import contextlib
 import fcntl
-import functools
 import gzip
 import hashlib
 import io
@@ -56,7 +55,9 @@ def parse_args() -> argparse.Namespace:
     add("--eval_interval", type=int, default=0, help="optimizer steps between evaluations (0: none between)")
     add("--save_interval", type=int, default=0, help="optimizer steps between checkpoints (0: none)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir, if any")
-    add("--deepspeed_config", default=f"{Path(__file__).parent}/ds_config.json", help="all that it decides")
+    add(
+        "--deepspeed_config", default=f"{Path(__file__).parent}/ds_config.json", help="batch, optimizer, ZeRO"
+    )
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
     has_data = args.data_path or (args.eval_path and not args.num_train_epochs)
@@ -176,9 +177,8 @@ def in_order(pairs: Pairs, seed: int) -> Pairs:
 
 
 def collate(pairs: Pairs, tokenizer: Tokenizer, device: torch.device) -> dict[str, torch.Tensor]:
-    """B pairs as input_ids and attention_mask (2B, T)."""
     rows = [{"input_ids": pair[side]} for side in ("chosen", "rejected") for pair in pairs]
-    return DataCollatorWithPadding(tokenizer)(rows).to(device)
+    return DataCollatorWithPadding(tokenizer)(rows).to(device)  # (2B, T) each
 
 
 def demonstration(folder: str, seed: int) -> str:
@@ -259,6 +259,8 @@ def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dic
             result[mine] = output[name].double()
     dist.all_reduce(results)
     loss, chosen, rejected = results
+    if not loss.isfinite().all():
+        refuse(f"step {engine.global_steps}: the held-out loss is not finite, lower the learning rate")
     right, ties = (chosen > rejected).double(), (chosen == rejected).double()
     means = torch.stack([loss, right + ties / 2, chosen - rejected, chosen, rejected]).mean(1).tolist()
     names = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
@@ -273,12 +275,12 @@ def show_rewards(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) ->
     pairs = list({pair["prompt"]: pair for pair in pairs}.values())[:2]
     for pair, side in itertools.product(pairs, ("chosen", "rejected")):
         ids, words = torch.tensor([pair[side]], device=engine.device), []
-        rewards = engine.module.forward_value(ids, return_value_only=True)[0].tolist()
-        texts = [tokenizer.decode(pair[side][:t]) for t in range(len(rewards) + 1)]
-        for t in range(len(os.path.commonprefix([pair["chosen"], pair["rejected"]])), len(rewards)):
-            piece = texts[t + 1][len(texts[t]) :]
-            before = words.pop()[0] if words and not piece[:1].isspace() else ""
-            words.append((before + piece, rewards[t]))
+        rewards = engine.module.forward_value(ids, torch.ones_like(ids), return_value_only=True)[0].tolist()
+        parting = len(os.path.commonprefix([pair["chosen"], pair["rejected"]]))
+        texts = [tokenizer.decode(pair[side][:t]) for t in range(parting, len(rewards) + 1)]
+        for text, longer, reward in zip(texts, texts[1:], rewards[parting:]):
+            begins = not words or longer[len(text) :][:1].isspace()
+            words.append((("" if begins else words.pop()[0]) + longer[len(text) :], reward))
         middle = sum(rewards) / len(rewards)
         shown = [style.format(1 + (reward > middle), word.strip(), reward) for word, reward in words[:60]]
         print(f"{side}, end score {rewards[-1]:+.3f}: ... {' '.join(shown)}")
@@ -287,8 +289,7 @@ def show_rewards(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) ->
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
     """Join the ranks. Returns the DeepSpeed config, the micro-batch of a rank, and the accumulation."""
     if "RANK" not in os.environ:  # `python train_reward.py`, without a launcher; port 0 is any free one
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if "OMP_NUM_THREADS" not in os.environ:  # else the ranks of one machine fight for its cores
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))
     logging.set_verbosity_error()  # of transformers, which would warn that a fresh head is fresh
@@ -297,7 +298,7 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
         sys.stdout = io.StringIO()  # one rank tells
     folder, path = Path(args.output_dir), args.deepspeed_config
     found = [name for name in ("metrics.jsonl", "checkpoints", "config.json") if (folder / name).exists()]
-    can_resume = args.resume and ("checkpoints" in found or "config.json" not in found)
+    can_resume = args.resume and ("config.json" not in found or any(folder.glob("checkpoints/step-*")))
     if args.num_train_epochs and found and not can_resume:
         refuse(f"{folder} holds {', '.join(found)}: pass another --output_dir, or --resume a run")
     with blame(f"--deepspeed_config {path}: pass JSON for DeepSpeed, with an optimizer, like ds_config.json"):
@@ -306,30 +307,30 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
     return ds_config, resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
 
 
-def open_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, pairs: Pairs) -> tuple:
-    """Go on from the newest whole checkpoint, if there is one. Returns what the result depends on, by name,
-    none of which may have changed, and the metrics, locked: ranks may outlive their launcher."""
+def open_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, parts: list[Pairs]) -> tuple:
+    """Lock the metrics, then load the newest checkpoint, if all that decides is as it was. Returns both."""
     flags = ("model_name_or_path", "seed", "num_train_epochs", "dropout", "compute_fp32_loss", "loss_on")
-    tokens = json.dumps(sorted((pair["chosen"], pair["rejected"]) for pair in pairs))  # however it was split
+    data = json.dumps([[(p["prompt"], p["chosen"], p["rejected"]) for p in part] for part in parts])
     decides = {f"--{name}": getattr(args, name) for name in flags}
     decides |= {f"{name} in the DeepSpeed config": value for name, value in config.items()}
-    decides["the data"] = hashlib.sha256(tokens.encode()).hexdigest()
+    decides["the data"] = hashlib.sha256(data.encode()).hexdigest()
     decides["the number of ranks"] = dist.get_world_size()
     folder, file, written = Path(args.output_dir), io.StringIO(), 0
-    if newest := max(folder.glob("checkpoints/step-*"), default=None):
-        before, written = json.loads((newest / "run.json").read_text())
-        if changed := [name for name in before | decides if before.get(name) != decides.get(name)]:
-            refuse(f"--resume: {', '.join(changed)} changed since {newest}: put it back, or start anew")
-        engine.load_checkpoint(str(newest.parent), newest.name)
-        print(f"going on from {newest}")
     if dist.get_rank() == 0:
         with blame(f"--output_dir {folder}: cannot be written, pass another"):
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         with blame(f"{file.name}: another run is writing here, end its processes first"):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder / "checkpoints" / "unfinished", ignore_errors=True)
-        file.truncate(written)  # the lines after the checkpoint will be written again
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ranks may outlive their launcher
+    dist.barrier()
+    if newest := max(folder.glob("checkpoints/step-*"), default=None):
+        with blame(f"{newest}: cannot be read, delete it to go on from the one before"):
+            before, written = json.loads((newest / "run.json").read_text())
+            if changed := [name for name in before | decides if before.get(name) != decides.get(name)]:
+                refuse(f"--resume: {', '.join(changed)} changed since {newest}: put it back, or start anew")
+            engine.load_checkpoint(str(newest.parent), newest.name)
+        print(f"going on from {newest}")
+    file.truncate(min(written, file.tell()))  # the lines after the checkpoint will be written again
     return decides, file
 
 
@@ -361,8 +362,8 @@ def take_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | None:
     if not loss.isfinite() or not math.isfinite(norm or 0):
         return math.nan
     engine.step()
-    if last and not engine.was_step_applied():
-        return None if engine.fp16_enabled() else math.nan  # fp16 skips steps to find its loss scale
+    if last and not engine.was_step_applied():  # fp16 skips steps to find its loss scale
+        return None if engine.fp16_enabled() and engine.dynamic_loss_scale() else math.nan
     return float(engine.get_global_grad_norm() or 0) if norm is None else norm
 
 
@@ -385,17 +386,18 @@ def main() -> None:
     if not total_steps:
         print(json.dumps(evaluate(engine, eval_pairs, tokenizer)))
         return show_rewards(engine, eval_pairs, tokenizer)
-    decides, file = open_run(engine, args, ds_config, train_pairs + eval_pairs)
+    decides, file = open_run(engine, args, ds_config, [train_pairs, eval_pairs])
     print(f"{epoch_steps} steps an epoch, which skip {len(train_pairs) % count} pairs, others in each epoch")
-    if not engine.global_steps:
+    done = engine.global_steps
+    if not done:
         log(engine, file, evaluate(engine, eval_pairs, tokenizer))
-    shuffled = functools.lru_cache(1)(lambda epoch: in_order(train_pairs, args.seed + epoch))
-    progress = bar(total=total_steps, initial=engine.global_steps, desc="training")
-    for step in range(engine.global_steps, total_steps):
+    orders = [in_order(train_pairs, args.seed + epoch) for epoch in range(args.num_train_epochs)]
+    progress = bar(range(done, total_steps), initial=done, total=total_steps, desc="training")
+    for step in progress:
         engine.train()
         began, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64, device=engine.device)
         at = (step % epoch_steps * ranks + rank) * share
-        pairs = shuffled(step // epoch_steps)[at : at + share]
+        pairs = orders[step // epoch_steps][at : at + share]
         for number in range(accumulation):
             # Dropout depends on seed, batch and rank alone: a resumed run draws what the first would have.
             torch.manual_seed(args.seed + (step * accumulation + number) * ranks + rank)
@@ -406,13 +408,12 @@ def main() -> None:
             engine.backward(loss)
             learning_rate = engine.get_lr()[0]
             grad_norm = take_step(engine, loss)
-            if math.isnan(grad_norm or 0):
+            if not math.isfinite(grad_norm or 0):
                 newest = max(output_dir.glob("checkpoints/step-*"), default="none, see --save_interval")
-                what = f"loss {loss.item()}, or its gradient, is not finite, and the weights are as they were"
-                where = f"look at {', '.join(row['where'] for row in rows)}, or lower the learning rate"
-                refuse(f"step {step + 1}: {what}; {where}; last checkpoint: {newest}")
-            right = (margin > 0).sum() + (margin == 0).sum() / 2
-            parts = loss * micro, right, margin.sum(), batch["attention_mask"].sum()
+                suspects = ", ".join(row["where"] for row in (pairs if loss.isfinite() else rows))
+                what = f"loss {loss.item()}, or its gradient, is not finite: look at {suspects}"
+                refuse(f"step {step + 1}: {what}, or lower the learning rate; last checkpoint: {newest}")
+            parts = loss * micro, (margin.sign() + 1).sum() / 2, margin.sum(), batch["attention_mask"].sum()
             sums += torch.stack([part.detach().double() for part in parts])
         dist.all_reduce(sums)
         seconds = time.perf_counter() - began
@@ -423,12 +424,10 @@ def main() -> None:
             "pairs_per_second": count / seconds, "tokens_per_second": tokens * count / seconds,
         })  # fmt: skip
         progress.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}", refresh=False)
-        progress.update()
         if step + 1 == total_steps or args.eval_interval and (step + 1) % args.eval_interval == 0:
             log(engine, file, evaluate(engine, eval_pairs, tokenizer))
         if args.save_interval and (step + 1) % args.save_interval == 0:
             save_checkpoint(engine, output_dir / "checkpoints", decides, file)
-    progress.close()
     with blame("the critic"):
         save_critic_model(engine, tokenizer, output_dir)
     print(f"critic saved: load it with create_critic_model({str(output_dir)!r}, ..., rlhf_training=True)")
@@ -437,4 +436,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    dist.barrier()  # a thread of gloo that still frees a tensor when Python is gone aborts the process (-6)
     dist.destroy_process_group()
