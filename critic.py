@@ -41,7 +41,7 @@ UNREAD = torch.iinfo(torch.long).max  # no token id
 
 def is_causal(config: PretrainedConfig) -> bool:
     both_ways = getattr(config, "use_bidirectional_attention", None)
-    return getattr(config, "is_causal", True) is not False and not both_ways
+    return getattr(config, "is_causal", True) is not False and not both_ways  # None: not said
 
 
 def align(
@@ -123,13 +123,13 @@ class PrefixTree:
         self.keys_before = (seen.cumsum(1) * seen - 1)[owned].to(device)
         self.keys = number[seen].to(device)
         shapes = itertools.groupby(zip(owned.sum(1).tolist(), seen.sum(1).tolist()))
-        self.blocks = [(len(list(rows)), *shape) for shape, rows in shapes]
+        self.blocks = [(len(list(alike)), *shape) for shape, alike in shapes]
         self.query_columns = self.of_blocks(columns, 1)
         self.key_columns = self.of_blocks(t.expand_as(rows)[seen], 2)
         self.masks: dict[tuple, list[Tensor | None]] = {}
 
     def of_blocks(self, x: Tensor, which: int) -> list[Tensor]:
-        """(N, ...) or (keys, ...) of all rows, to (rows, queries, ...) or (rows, keys, ...) of each block."""
+        """Of all rows to each block's: (N, ...) to (rows, queries, ...), `which` 1; keys alike, `which` 2."""
         pieces = x.split([block[0] * block[which] for block in self.blocks])
         return [piece.unflatten(0, (block[0], -1)) for piece, block in zip(pieces, self.blocks)]
 
@@ -142,9 +142,10 @@ class PrefixTree:
                 if torch.equal(q, k) and not (window and window < q.size(1)):
                     masks.append(None)
                     continue
-                hidden = ((distance := q[:, :, None] - k[:, None]) < 0) | (distance >= (window or UNREAD))
-                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
-                masks.append(mask.repeat(1, copies, 1)[:, None].to(self.ids.device))
+                distance = q[:, :, None] - k[:, None]
+                hidden = ((distance < 0) | (distance >= (window or torch.inf))).to(self.ids.device)
+                mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
+                masks.append(mask.repeat(1, copies, 1)[:, None])
         return self.masks[window, copies, dtype]
 
 
@@ -163,7 +164,7 @@ def tree_attention(
     tree = options.pop("tree", None)
     if tree is None:
         return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
-    window = options.get("sliding_window") or getattr(module, "sliding_window", None)  # Qwen2-MoE's
+    window = options.get("sliding_window") or getattr(module, "sliding_window", None)  # Qwen2-MoE passes none
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads or groups, D)
     heads, groups, D = query.size(1), key.size(1), query.size(2)
     queries = tree.of_blocks(query, 1)
@@ -344,11 +345,10 @@ class RewardModel(nn.Module):
             inputs = {"input_ids": ids.to(device), "attention_mask": is_key.long().to(device)}
             return self.v_head(self.rwtransformer(**inputs, use_cache=False)[0]).squeeze(-1)
         tree = PrefixTree(ids, is_key, read, device)
-        # OPT alone takes its positions from the mask: padding gets -1.
-        positions = tree.keys_before if self.config.model_type == "opt" else tree.columns
+        positions = tree.keys_before if self.config.model_type == "opt" else tree.columns  # OPT's padding: -1
         # 4-D, so that the backbone makes no mask of its own; sdpa refuses integers, should one drop `tree`.
-        unread = torch.ones(1, 1, 1, 1, dtype=torch.long, device=device)
-        inputs = {"input_ids": tree.ids[None], "position_ids": positions[None], "attention_mask": unread}
+        placeholder = torch.ones(1, 1, 1, 1, dtype=torch.long, device=device)
+        inputs = {"input_ids": tree.ids[None], "position_ids": positions[None], "attention_mask": placeholder}
         hidden = self.rwtransformer(**inputs, tree=tree, use_cache=False)[0]  # (1, N, H)
         return self.v_head(hidden).flatten()[tree.index]
 
@@ -404,7 +404,7 @@ def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, traine
 def load_for_zero3(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
     """The same on rank 0; elsewhere memory that its weights are sent into as ZeRO-3 partitions them. Rank 0
     tells the others what is wrong: a bad key is an error on every rank, and never a hang."""
-    model, told = None, [None, {}]
+    model, told = None, [None, {}]  # rank 0's error, its buffers
     if dist.get_rank() == 0:
         try:
             model = load_weights(path, config, dtype, trained)
