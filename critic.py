@@ -142,10 +142,9 @@ class PrefixTree:
                 if torch.equal(q, k) and not (window and window < q.size(1)):
                     masks.append(None)
                     continue
-                distance = q[:, :, None] - k[:, None]
-                hidden = ((distance < 0) | (distance >= (window or torch.inf))).to(self.ids.device)
-                mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
-                masks.append(mask.repeat(1, copies, 1)[:, None])
+                hidden = ((distance := q[:, :, None] - k[:, None]) < 0) | (distance >= (window or UNREAD))
+                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+                masks.append(mask.repeat(1, copies, 1)[:, None].to(self.ids.device))
         return self.masks[window, copies, dtype]
 
 
