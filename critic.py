@@ -36,7 +36,7 @@ TREE_FAMILIES = {
     "gemma", "gemma3_text", "phi", "phi3", "olmo2", "starcoder2", "deepseek_v3", "granite", "cohere",
 }  # fmt: skip
 TREE_ATTENTION = "prefix_tree"  # `tree_attention` below, in transformers' registry
-UNREAD = torch.iinfo(torch.long).max  # no token id
+UNREAD = torch.iinfo(torch.long).max  # marks a column that nobody reads; no token id, and sorts last
 
 
 def is_causal(config: PretrainedConfig) -> bool:

@@ -1382,9 +1382,8 @@ def refusals(tokenizer, tmp_path_factory):
         (folder / name.replace(" ", "_")).mkdir()
         arguments = arguments(folder / name.replace(" ", "_")) if callable(arguments) else arguments
         cases[name] = arguments[1:] if arguments[0] == "only" else [*usual, *arguments]
-    (folder / "used" / "checkpoints" / "step-000000001").mkdir(
-        parents=True
-    )  # is not read: another run writes
+    # A checkpoint that would be refused too, were it read before the lock is taken.
+    (folder / "used" / "checkpoints" / "step-000000001").mkdir(parents=True)
     with (folder / "used" / "metrics.jsonl").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as ranks that outlive their launcher do
         file.write("{}\n")

@@ -6,6 +6,7 @@ Without arguments a small critic learns, offline, to tell Python's reference man
 import argparse
 import contextlib
 import fcntl
+import functools
 import gzip
 import hashlib
 import io
@@ -55,9 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--eval_interval", type=int, default=0, help="optimizer steps between evaluations (0: none between)")
     add("--save_interval", type=int, default=0, help="optimizer steps between checkpoints (0: none)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir, if any")
-    add(
-        "--deepspeed_config", default=f"{Path(__file__).parent}/ds_config.json", help="batch, optimizer, ZeRO"
-    )
+    add("--deepspeed_config", default=f"{Path(__file__).parent}/ds_config.json", help="batch, lr, ZeRO")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
     has_data = args.data_path or (args.eval_path and not args.num_train_epochs)
@@ -391,13 +390,13 @@ def main() -> None:
     done = engine.global_steps
     if not done:
         log(engine, file, evaluate(engine, eval_pairs, tokenizer))
-    orders = [in_order(train_pairs, args.seed + epoch) for epoch in range(args.num_train_epochs)]
+    shuffled = functools.lru_cache(1)(lambda epoch: in_order(train_pairs, args.seed + epoch))
     progress = bar(range(done, total_steps), initial=done, total=total_steps, desc="training")
     for step in progress:
         engine.train()
         began, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64, device=engine.device)
         at = (step % epoch_steps * ranks + rank) * share
-        pairs = orders[step // epoch_steps][at : at + share]
+        pairs = shuffled(step // epoch_steps)[at : at + share]
         for number in range(accumulation):
             # Dropout depends on seed, batch and rank alone: a resumed run draws what the first would have.
             torch.manual_seed(args.seed + (step * accumulation + number) * ranks + rank)
