@@ -9,7 +9,6 @@ row; E the most columns that are read; N distinct tokens of a batch; H the hidde
 
 import contextlib
 import copy
-import itertools
 import os
 import re
 import shutil
@@ -53,7 +52,7 @@ def align(
     the last, and `num_padding_at_beginning` ids before: OPT begins every text with BOS, and with pad = eos
     BOS is PAD (DeepSpeedExamples #455). An interior PAD, such as the eos of an earlier turn, ends nothing.
 
-    Returns, on the host, where a batch is laid out (a GPU is waited for here and nowhere else):
+    Returns, on the host, where a batch is laid out (a GPU is waited for here, and never for the model):
         ids (R, T): PAD behind the content. is_key (R, T): where attention may look; without a mask all
         over, as in the original. columns (R, T): where each came from. length (R,): content tokens.
 
@@ -83,6 +82,12 @@ def align(
     return ids, is_key, columns, length
 
 
+def in_blocks(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """Split (all tokens, ...), row after row, into (rows, tokens, ...) of each shape."""
+    pieces = x.split([rows * tokens for rows, tokens in shapes])
+    return [piece.unflatten(0, shape) for piece, shape in zip(pieces, shapes)]
+
+
 class PrefixTree:
     """Each distinct (prefix, token) of a batch, once: all that a causal model has to compute.
 
@@ -101,8 +106,8 @@ class PrefixTree:
         ids, columns (N,): the tokens, and where they stand in their rows. keys_before (N,): OPT's positions.
         index (R, E): which of the N tokens stands there; arbitrary where nobody reads.
         keys: the tokens that each owning row may look at, row after row, as indices into the N.
-        blocks: (rows, queries, keys) of neighbours of one shape, as answers of one length are: one sdpa call.
-        query_columns, key_columns: (rows, queries) and (rows, keys) of each block.
+        query_shapes, key_shapes: (rows, queries), (rows, keys) of each block of neighbours that are alike in
+            both, as answers of one length are: one sdpa call. query_columns, key_columns: in these shapes.
     """
 
     def __init__(self, ids: Tensor, is_key: Tensor, read: Tensor, device: torch.device) -> None:
@@ -122,16 +127,12 @@ class PrefixTree:
         self.ids, self.columns = torch.where(ids < 0, ~ids, ids).to(device), columns.to(device)
         self.keys_before = (seen.cumsum(1) * seen - 1)[owned].to(device)
         self.keys = number[seen].to(device)
-        shapes = itertools.groupby(zip(owned.sum(1).tolist(), seen.sum(1).tolist()))
-        self.blocks = [(len(list(alike)), *shape) for shape, alike in shapes]
-        self.query_columns = self.of_blocks(columns, 1)
-        self.key_columns = self.of_blocks(t.expand_as(rows)[seen], 2)
+        lengths = torch.stack([owned.sum(1), seen.sum(1)], 1)  # queries and keys of each row
+        lengths, counts = torch.unique_consecutive(lengths, dim=0, return_counts=True)
+        self.query_shapes, self.key_shapes = (list(zip(counts.tolist(), x.tolist())) for x in lengths.T)
+        self.query_columns = in_blocks(columns, self.query_shapes)
+        self.key_columns = in_blocks(t.expand_as(rows)[seen], self.key_shapes)
         self.masks: dict[tuple, list[Tensor | None]] = {}
-
-    def of_blocks(self, x: Tensor, which: int) -> list[Tensor]:
-        """Of all rows to each block's: (N, ...) to (rows, queries, ...), `which` 1; keys alike, `which` 2."""
-        pieces = x.split([block[0] * block[which] for block in self.blocks])
-        return [piece.unflatten(0, (block[0], -1)) for piece, block in zip(pieces, self.blocks)]
 
     def masks_within(self, window: int | None, copies: int, dtype: torch.dtype) -> list[Tensor | None]:
         """What is added to each block's scores, (rows, 1, copies * queries, keys): 0 where a key is seen,
@@ -144,7 +145,7 @@ class PrefixTree:
                     continue
                 hidden = ((distance := q[:, :, None] - k[:, None]) < 0) | (distance >= (window or UNREAD))
                 mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
-                masks.append(mask.repeat(1, copies, 1)[:, None].to(self.ids.device))
+                masks.append(mask.repeat(1, copies, 1)[:, None].to(self.ids.device, non_blocking=True))
         return self.masks[window, copies, dtype]
 
 
@@ -166,8 +167,8 @@ def tree_attention(
     window = options.get("sliding_window") or getattr(module, "sliding_window", None)  # Qwen2-MoE passes none
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads or groups, D)
     heads, groups, D = query.size(1), key.size(1), query.size(2)
-    queries = tree.of_blocks(query, 1)
-    keys, values = (tree.of_blocks(x.index_select(0, tree.keys), 2) for x in (key, value))
+    queries = in_blocks(query, tree.query_shapes)
+    keys, values = (in_blocks(x.index_select(0, tree.keys), tree.key_shapes) for x in (key, value))
     attended, settings = [], {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
     for q, k, v, bias in zip(queries, keys, values, tree.masks_within(window, heads // groups, query.dtype)):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (rows, heads or groups, tokens, D)
@@ -292,8 +293,8 @@ class RewardModel(nn.Module):
         differs = (chosen != rejected) | (torch.arange(ids.size(1)) >= shorter[:, None])
         divergence = torch.where(differs.any(1), differs.int().argmax(1), longer)  # (B,)
         read = longer.repeat(2) if self.loss_on == "tokens" else length  # (2B,)
+        length, divergence = length.to(input_ids.device), divergence.to(input_ids.device)
         rewards = self._rewards(ids, is_key, read, input_ids.device)  # (2B, E)
-        length, divergence = length.to(rewards.device), divergence.to(rewards.device)
         loss, end_scores = ranking_loss(rewards, length, divergence, self.loss_on)
         chosen_scores, rejected_scores = end_scores.chunk(2)
         return {"loss": loss, "chosen_mean_scores": chosen_scores, "rejected_mean_scores": rejected_scores}
@@ -319,13 +320,13 @@ class RewardModel(nn.Module):
         Raises ValueError: names the argument or the row, and what to do.
         """
         ids, is_key, columns, length = self._align(input_ids, attention_mask, **others)
-        T = ids.size(1)
+        T, device = ids.size(1), input_ids.device
         if not return_value_only and not 1 < prompt_length <= T:
             raise ValueError(f"prompt_length is {prompt_length}: it must be greater than 1 and at most {T}")
-        rewards = self._rewards(ids, is_key, length, input_ids.device)  # (R, E)
-        E, last = rewards.size(1), length[:, None].to(rewards.device) - 1
-        content = torch.arange(E, device=rewards.device) <= last
-        columns = columns[:, :E].to(rewards.device)  # back to where the tokens came from
+        columns, last = columns.to(device), length[:, None].to(device) - 1
+        rewards = self._rewards(ids, is_key, length, device)  # (R, E)
+        content = torch.arange(rewards.size(1), device=device) <= last
+        columns = columns[:, : rewards.size(1)]  # back to where the tokens came from
         values = rewards.new_zeros(len(ids), T).scatter(1, columns, rewards.where(content, 0))
         if return_value_only:
             return values
@@ -359,6 +360,7 @@ def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         base = transformers.MODEL_MAPPING[type(config)].__base__  # GranitePreTrainedModel, ...
         name = base.__name__.replace("PreTrainedModel", "ForSequenceClassification")
         theirs = type(name, (GenericForSequenceClassification, base), {})
+        warnings.warn(f"transformers has no {name}: what is saved, create_critic_model alone will read")
     return theirs
 
 
@@ -491,6 +493,8 @@ def create_critic_model(
 
         settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": sections["zero_optimization"]}
         deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
+        for buffer in model.buffers():  # which it leaves where they are
+            buffer.data = buffer.to(deepspeed.get_accelerator().current_device_name())
     return model
 
 
@@ -501,7 +505,7 @@ def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | 
     is written beside its place and moved in, the weights last: what `output_dir` held stays whole until then.
     `model` is a RewardModel or the DeepSpeed engine around it, at any ZeRO stage.
 
-    Raises OSError: `output_dir` cannot be written. ValueError: the family's class has another head than ours.
+    Raises OSError, on rank 0 alone: `output_dir` cannot be written. ValueError: a class with another head.
     """
     model = getattr(model, "module", model)
     config = copy.deepcopy(model.config)
@@ -520,9 +524,6 @@ def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | 
     if state.keys() != shell.state_dict().keys():
         raise ValueError(f"{type(shell).__name__} has another head than one linear layer `score`: not saved")
     if writes:
-        if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            reader = "create_critic_model(..., rlhf_training=True) alone reads what is written"
-            warnings.warn(f"transformers has no sequence classification of {config.model_type}: {reader}")
         write_folder(Path(output_dir), shell, state, tokenizer)
     if dist.is_initialized():
         dist.barrier()

@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import functools
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
@@ -148,12 +148,11 @@ def render(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, list[str]]:
 
 def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: int) -> Pairs:
     """Pairs of token ids, each text ending with EOS. Identical pairs are left out and counted, and those that
-    are too long: cut at the end, they would train on half an answer."""
+    are too long: cut at the end, they would train on half an answer. A chat template writes BOS itself."""
     rows = [row for path in paths for row in read_rows(path, split)]
     pairs, left_out, eos = [], Counter(), tokenizer.eos_token_id
     for row in bar(rows, desc="tokenizing", delay=2):
         prompt, texts = render(row, tokenizer)
-        # A chat template has written BOS itself.
         texts = tokenizer(texts, add_special_tokens=isinstance(row["ranked"][0], str))["input_ids"]
         texts = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in texts]
         for chosen, rejected in itertools.combinations(texts, 2):  # the better one comes first
@@ -162,8 +161,7 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
             elif max(len(chosen), len(rejected)) > max_seq_len:
                 left_out[f"longer than {max_seq_len} tokens"] += 1
             else:
-                pair = {"chosen": chosen, "rejected": rejected}
-                pairs.append({"where": row["where"], "prompt": prompt} | pair)
+                pairs.append(row | {"prompt": prompt, "chosen": chosen, "rejected": rejected})
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none"
     print(f"{', '.join(paths)}: {len(pairs)} pairs of {len(rows)} rows; left out: {counts}", flush=True)
     return pairs
@@ -216,8 +214,8 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
         tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
     if tokenizer.eos_token is None:
         refuse(f"{path}: the tokenizer has no EOS token, with which every text ends: set one, save it")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # EOS is content here: PAD must differ
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # which is content; but a critic cannot grow
+        tokenizer.add_special_tokens({"pad_token": "[PAD]" if args.num_train_epochs else tokenizer.eos_token})
     if args.max_seq_len > (limit := getattr(config, "max_position_embeddings", args.max_seq_len)):
         refuse(f"--max_seq_len is {args.max_seq_len}, but {path} has {limit} positions: pass no more")
     train_pairs = read_pairs(data_path, "train", tokenizer, args.max_seq_len) if data_path else []
@@ -233,9 +231,9 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
     print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
     if not eval_pairs:
         refuse("0 held-out pairs remain: see what was left out, pass more data or a larger --max_seq_len")
-    trained, head = args.num_train_epochs == 0, args.compute_fp32_loss
+    options = {"rlhf_training": not args.num_train_epochs, "compute_fp32_loss": args.compute_fp32_loss}
     with blame(f"--model_name_or_path {path}"):
-        model = create_critic_model(path, tokenizer, ds_config, 0, trained, args.dropout, 0, head)
+        model = create_critic_model(path, tokenizer, ds_config, dropout=args.dropout, **options)
     model.loss_on = args.loss_on
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -260,10 +258,10 @@ def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dic
     loss, chosen, rejected = results
     if not loss.isfinite().all():
         refuse(f"step {engine.global_steps}: the held-out loss is not finite, lower the learning rate")
-    right, ties = (chosen > rejected).double(), (chosen == rejected).double()
-    means = torch.stack([loss, right + ties / 2, chosen - rejected, chosen, rejected]).mean(1).tolist()
+    margin, ties = chosen - rejected, int((chosen == rejected).sum())
+    means = torch.stack([loss, (margin.sign() + 1) / 2, margin, chosen, rejected]).mean(1).tolist()
     names = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
-    return {f"eval_{name}": mean for name, mean in zip(names, means)} | {"eval_ties": int(ties.sum())}
+    return {f"eval_{name}": mean for name, mean in zip(names, means)} | {"eval_ties": ties}
 
 
 @torch.no_grad()
@@ -293,6 +291,7 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))
     logging.set_verbosity_error()  # of transformers, which would warn that a fresh head is fresh
     deepspeed.init_distributed()
+    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # one rank tells
     folder, path = Path(args.output_dir), args.deepspeed_config
@@ -303,6 +302,9 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
     with blame(f"--deepspeed_config {path}: pass JSON for DeepSpeed, with an optimizer, like ds_config.json"):
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
         resolved, _ = DeepSpeedConfig(ds_config), ds_config["optimizer"]
+    if not args.num_train_epochs:  # an optimizer takes memory, and ZeRO 1 and 2 partition nothing else
+        unused = ["optimizer", "scheduler"] + ["zero_optimization"] * (resolved.zero_optimization_stage < 3)
+        ds_config = {name: value for name, value in ds_config.items() if name not in unused}
     return ds_config, resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
 
 
@@ -312,8 +314,7 @@ def open_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, pa
     data = json.dumps([[(p["prompt"], p["chosen"], p["rejected"]) for p in part] for part in parts])
     decides = {f"--{name}": getattr(args, name) for name in flags}
     decides |= {f"{name} in the DeepSpeed config": value for name, value in config.items()}
-    decides["the data"] = hashlib.sha256(data.encode()).hexdigest()
-    decides["the number of ranks"] = dist.get_world_size()
+    decides |= {"the data": sha256(data.encode()).hexdigest(), "the number of ranks": dist.get_world_size()}
     folder, file, written = Path(args.output_dir), io.StringIO(), 0
     if dist.get_rank() == 0:
         with blame(f"--output_dir {folder}: cannot be written, pass another"):
@@ -353,7 +354,8 @@ def log(engine: DeepSpeedEngine, file: IO[str], metrics: dict[str, Any]) -> None
 
 
 def take_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | None:
-    """`engine.step()`, unless loss or gradient are not finite, and the gradient's norm before clipping."""
+    """`engine.step()`, and the gradient's norm before clipping; NaN, and no step, where it or the loss is not
+    finite; None where fp16 skips a step to find its loss scale."""
     norm, last = None, engine.is_gradient_accumulation_boundary()
     if last and isinstance(engine.optimizer, torch.optim.Optimizer):  # elsewhere DeepSpeed looks, and skips
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
@@ -410,13 +412,13 @@ def main() -> None:
             if not math.isfinite(grad_norm or 0):
                 newest = max(output_dir.glob("checkpoints/step-*"), default="none, see --save_interval")
                 suspects = ", ".join(row["where"] for row in (pairs if loss.isfinite() else rows))
-                what = f"loss {loss.item()}, or its gradient, is not finite: look at {suspects}"
+                what = f"loss {loss.item()}, its gradient or another rank's is not finite: see {suspects}"
                 refuse(f"step {step + 1}: {what}, or lower the learning rate; last checkpoint: {newest}")
             parts = loss * micro, (margin.sign() + 1).sum() / 2, margin.sum(), batch["attention_mask"].sum()
             sums += torch.stack([part.detach().double() for part in parts])
         dist.all_reduce(sums)
-        seconds = time.perf_counter() - began
         loss, accuracy, margin, tokens = (sums / count).tolist()
+        seconds = time.perf_counter() - began  # behind `tolist`, which waits for a GPU
         log(engine, file, {
             "epoch": (step + 1) / epoch_steps, "loss": loss, "accuracy": accuracy, "margin": margin,
             "learning_rate": learning_rate, "grad_norm": grad_norm, "skipped_steps": engine.skipped_steps,
@@ -427,8 +429,7 @@ def main() -> None:
             log(engine, file, evaluate(engine, eval_pairs, tokenizer))
         if args.save_interval and (step + 1) % args.save_interval == 0:
             save_checkpoint(engine, output_dir / "checkpoints", decides, file)
-    with blame("the critic"):
-        save_critic_model(engine, tokenizer, output_dir)
+    save_critic_model(engine, tokenizer, output_dir)
     print(f"critic saved: load it with create_critic_model({str(output_dir)!r}, ..., rlhf_training=True)")
     show_rewards(engine, eval_pairs, tokenizer)
 
