@@ -65,8 +65,7 @@ def align(
         raise ValueError(f"attention_mask has shape {shapes}: pass the same shape")
     ids = input_ids.cpu().long()
     content = ids != pad_id if attention_mask is None else attention_mask.cpu().bool()  # (R, T)
-    T = ids.size(1)
-    t = torch.arange(T)
+    T, t = ids.size(1), torch.arange(ids.size(1))
     if not content.any(1).all():
         row = content.any(1).int().argmin().item()
         raise ValueError(f"row {row} of input_ids is only padding: drop the row, or its pair")
@@ -397,7 +396,7 @@ def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, traine
     masks = r"^unexpected.*\.attn(\.attention)?\.(masked_)?bias$"
     problems = [p for p in problems if not re.search(masks, p)]
     if problems:
-        hint = "; without a value head it looks like a base model: pass rlhf_training=False to train one"
+        hint = "; without a value head it looks like a base model: train it first (rlhf_training=False)"
         raise ValueError(f"the weights in {path} do not fit: {'; '.join(problems)}{hint if fresh else ''}")
     return model
 
@@ -540,7 +539,8 @@ def write_folder(final: Path, shell: PreTrainedModel, state: dict[str, Tensor], 
         for file in new:
             os.replace(file, final / file.name)
         # What an earlier model left would be read instead of these files, or with them.
-        older = r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?|(chat_template|added_tokens)\.\w+"
+        older = r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?"
+        older += r"|(chat_template|added_tokens|special_tokens_map)\.\w+"
         for name in {file.name for file in final.iterdir()} - {file.name for file in new}:
             if re.fullmatch(older, name):
                 (final / name).unlink()

@@ -106,7 +106,7 @@ class Row(BaseModel):
         if None in self.ranked:
             raise ValueError("give chosen and rejected, or ranked: [best, ..., worst]")
         if len({type(text) for text in (self.prompt or self.ranked[0], *self.ranked)}) > 1:
-            raise ValueError("prompt and answers must all be texts, or all be messages")
+            raise ValueError("prompt and answers must all be texts, or all be messages: drop an extra prompt")
         if not all(text.strip() if isinstance(text, str) else text for text in self.ranked):
             raise ValueError("an answer is empty")
         return self
@@ -200,7 +200,8 @@ def demonstration(folder: str, seed: int) -> str:
     tokenizer.save_pretrained(folder)
     sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1)
-    AutoModel.from_config(config).save_pretrained(folder)
+    config.save_pretrained(folder)  # a model's own `save_pretrained` writes on rank 0 alone
+    torch.save(AutoModel.from_config(config).state_dict(), Path(folder, "pytorch_model.bin"))
     return str(path)
 
 
@@ -214,7 +215,7 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
         tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
     if tokenizer.eos_token is None:
         refuse(f"{path}: the tokenizer has no EOS token, with which every text ends: set one, save it")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # which is content; but a critic cannot grow
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # EOS is content; but a critic cannot grow
         tokenizer.add_special_tokens({"pad_token": "[PAD]" if args.num_train_epochs else tokenizer.eos_token})
     if args.max_seq_len > (limit := getattr(config, "max_position_embeddings", args.max_seq_len)):
         refuse(f"--max_seq_len is {args.max_seq_len}, but {path} has {limit} positions: pass no more")
@@ -245,7 +246,6 @@ def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dic
     """Accuracy, loss and scores on held-out pairs, to the bit the same on any number of ranks: the batches do
     not depend on it, and each rank takes its share. A tie is half right."""
     size, rank, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_rank(), dist.get_world_size()
-    pairs = in_order(pairs, 0)
     results = torch.zeros(3, len(pairs), dtype=torch.float64, device=engine.device)
     engine.eval()
     for at in bar(range(0, len(pairs), size * ranks), desc="evaluating", delay=2, leave=False):
@@ -257,7 +257,7 @@ def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dic
     dist.all_reduce(results)
     loss, chosen, rejected = results
     if not loss.isfinite().all():
-        refuse(f"step {engine.global_steps}: the held-out loss is not finite, lower the learning rate")
+        refuse(f"step {engine.global_steps}: the held-out loss is not finite: see the data, or lower the lr")
     margin, ties = chosen - rejected, int((chosen == rejected).sum())
     means = torch.stack([loss, (margin.sign() + 1) / 2, margin, chosen, rejected]).mean(1).tolist()
     names = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
@@ -280,7 +280,7 @@ def show_rewards(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) ->
             words.append((("" if begins else words.pop()[0]) + longer[len(text) :], reward))
         middle = sum(rewards) / len(rewards)
         shown = [style.format(1 + (reward > middle), word.strip(), reward) for word, reward in words[:60]]
-        print(f"{side}, end score {rewards[-1]:+.3f}: ... {' '.join(shown)}")
+        print(f"{side}, end score {rewards[-1]:+.3f}: ... {' '.join(shown)}{' ...' * (len(words) > 60)}")
 
 
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
@@ -378,7 +378,7 @@ def main() -> None:
     epoch_steps = len(train_pairs) // count
     total_steps = args.num_train_epochs * epoch_steps
     if args.num_train_epochs and not epoch_steps:
-        refuse(f"{len(train_pairs)} training pairs remain, {count} are needed for a step: pass more")
+        refuse(f"{len(train_pairs)} training pairs remain, {count} are needed: pass more, or a smaller batch")
     schedule = ds_config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
         schedule["total_num_steps"] = max(total_steps, schedule.get("warmup_num_steps", 0) + 1)
