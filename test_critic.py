@@ -21,7 +21,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -698,6 +697,9 @@ def test_a_full_disk_names_the_folder_and_leaves_the_old_critic(tokenizer, tmp_p
 # ---- the loop, on real processes ----
 
 
+PORTS = itertools.count(20_000 + os.getpid() % 10_000)  # below those that a system hands out
+
+
 def surroundings(**environment):
     return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
 
@@ -705,9 +707,7 @@ def surroundings(**environment):
 def launch(*arguments, script=HERE / "train_reward.py", ranks=2, code=0, limit=None, moment=None, victims=()):
     """`deepspeed` as a user types it (`ranks=None`: `python`), and what it said. `code`: that of its exit, None for
     any but 0. `limit`: bytes of a file. At the `moment` the victims get SIGKILL; the launcher must end the rest."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = next(PORTS)
     command = [sys.executable, script, *arguments]
     if ranks:
         deepspeed = Path(sys.executable).with_name("deepspeed")
@@ -1512,11 +1512,12 @@ def benchmark_load():
     config = AutoConfig.for_model("llama", num_attention_heads=16, **sizes)
     tokenizer = type("Tokenizer", (), {"pad_token_id": PAD, "__len__": lambda self: 100})()
     build = lambda: RewardModel(AutoModel.from_config(config), tokenizer)
+    size = sum(parameter.numel() for parameter in build().parameters()) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         path = write_deepspeed_chat(Path(folder) / "reward", build())
         plain = lambda: build().load_state_dict(torch.load(f"{path}/pytorch_model.bin", weights_only=True))
         mapped = functools.partial(create_critic_model, path, tokenizer, None, rlhf_training=True)
-        print("\n3. Loading a checkpoint of 315M parameters in float32, median of 3\n")
+        print(f"\n3. Loading a checkpoint of {size:.0f}M parameters in float32, median of 3\n")
         print("| way | seconds | peak MiB above the start |\n| --- | --- | --- |")
         ways = "build, `torch.load`, `load_state_dict`", "`create_critic_model(..., rlhf_training=True)`"
         for name, way in zip(ways, (plain, mapped)):
