@@ -52,7 +52,7 @@ def align(
     the last, and `num_padding_at_beginning` ids before: OPT begins every text with BOS, and with pad = eos
     BOS is PAD (DeepSpeedExamples #455). An interior PAD, such as the eos of an earlier turn, ends nothing.
 
-    Returns, on the host, where a batch is laid out (a GPU is waited for here, and never for the model):
+    Returns, on the host (the only wait for a GPU: what goes back to it goes ahead of the model):
         ids (R, T): PAD behind the content. is_key (R, T): where attention may look; without a mask all
         over, as in the original. columns (R, T): where each came from. length (R,): content tokens.
 
@@ -258,8 +258,7 @@ class RewardModel(nn.Module):
         if self.config.model_type in TREE_FAMILIES and by_interface and is_causal(self.config):
             base_model.set_attn_implementation(TREE_ATTENTION)
         self.rwtransformer = base_model
-        # OPT-350m's output is narrower than its hidden_size.
-        width = getattr(self.config, "word_embed_proj_dim", self.config.hidden_size)
+        width = getattr(self.config, "word_embed_proj_dim", self.config.hidden_size)  # OPT-350m: narrower
         self.v_head = ValueHead(width, compute_fp32_loss, dtype=base_model.dtype, device=base_model.device)
 
     def gradient_checkpointing_enable(self) -> None:
@@ -292,7 +291,7 @@ class RewardModel(nn.Module):
         differs = (chosen != rejected) | (torch.arange(ids.size(1)) >= shorter[:, None])
         divergence = torch.where(differs.any(1), differs.int().argmax(1), longer)  # (B,)
         read = longer.repeat(2) if self.loss_on == "tokens" else length  # (2B,)
-        length, divergence = length.to(input_ids.device), divergence.to(input_ids.device)
+        length, divergence = (x.to(input_ids.device) for x in (length, divergence))  # ahead of the model
         rewards = self._rewards(ids, is_key, read, input_ids.device)  # (2B, E)
         loss, end_scores = ranking_loss(rewards, length, divergence, self.loss_on)
         chosen_scores, rejected_scores = end_scores.chunk(2)
@@ -322,7 +321,7 @@ class RewardModel(nn.Module):
         T, device = ids.size(1), input_ids.device
         if not return_value_only and not 1 < prompt_length <= T:
             raise ValueError(f"prompt_length is {prompt_length}: it must be greater than 1 and at most {T}")
-        columns, last = columns.to(device), length[:, None].to(device) - 1
+        columns, last = columns.to(device), length[:, None].to(device) - 1  # ahead of the model
         rewards = self._rewards(ids, is_key, length, device)  # (R, E)
         content = torch.arange(rewards.size(1), device=device) <= last
         columns = columns[:, : rewards.size(1)]  # back to where the tokens came from
@@ -479,6 +478,10 @@ def create_critic_model(
     if rlhf_training and len(tokenizer) > config.vocab_size:
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the checkpoint {config.vocab_size}"
         raise ValueError(f"{sizes}: use the tokenizer saved in {model_name_or_path}")
+    if stage == 3:
+        import deepspeed
+
+        deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # where rank 0 sends to
     load = load_for_zero3 if stage == 3 else load_weights
     theirs = load(model_name_or_path, config, dtype, rlhf_training)
     if len(tokenizer) > config.vocab_size:
@@ -488,8 +491,6 @@ def create_critic_model(
         model.v_head.weight = theirs.score.weight
     model.config.pad_token_id = tokenizer.pad_token_id
     if stage == 3:
-        import deepspeed
-
         settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": sections["zero_optimization"]}
         deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
         for buffer in model.buffers():  # which it leaves where they are
@@ -514,8 +515,7 @@ def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | 
     gather = contextlib.nullcontext
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         from deepspeed.runtime.zero import GatheredParameters as gather
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    state = {}
+    writes, state = not dist.is_initialized() or dist.get_rank() == 0, {}
     for name, value in model.state_dict(keep_vars=True).items():
         name = name.replace("rwtransformer", shell.base_model_prefix, 1).replace("v_head", "score", 1)
         with gather([value]):

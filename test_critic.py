@@ -579,7 +579,7 @@ def test_bad_checkpoints_are_refused(case, tokenizer, tmp_path, monkeypatch):
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def write_other(folder, model_type, **sizes):
@@ -635,7 +635,7 @@ def test_dtype_follows_ds_config_and_vocabulary_grows(ds_config, dtype, tokenize
 
 def test_a_save_replaces_older_weights_of_any_form(tokenizer, tmp_path):
     folder, model, talker = tmp_path / "critic", make_model("llama", tokenizer), copy.deepcopy(tokenizer)
-    edit(Path(write_deepspeed_chat(folder, model), "special_tokens_map.json"), pad_token="<eos>")
+    Path(write_deepspeed_chat(folder, model), "special_tokens_map.json").write_text('{"pad_token": "<eos>"}')
     talker.chat_template, talker.padding_side = "{{ messages }}", "left"
     save_critic_model(model, talker, folder)
     assert sorted(file.name for file in folder.glob("*model*")) == ["model.safetensors"]
@@ -730,6 +730,12 @@ def launch(*arguments, script=HERE / "train_reward.py", ranks=2, code=0, limit=N
     return said
 
 
+def two_at_a_time(run, cases):
+    """{case: run(case)}, as one launch imports while the other waits."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(cases, pool.map(run, cases)))
+
+
 def ranks_of(run):
     """{local rank: process} of a launcher."""
     import psutil
@@ -804,14 +810,12 @@ def training(tokenizer, tmp_path_factory):
 def trained(training):
     """Runs on one rank, and on two at every ZeRO stage; {(ranks, stage): (output_dir, metrics, what it said)}."""
 
-    def run(ranks, stage):
-        output = training.folder / f"{ranks}-{stage}"
+    def run(case):
+        (ranks, stage), output = case, training.folder / f"{case[0]}-{case[1]}"
         said = launch(*training(output, stage, 4 // ranks), ranks=ranks if ranks > 1 else None)
         return output, read_lines(output / "metrics.jsonl"), said
 
-    runs = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
-    with ThreadPoolExecutor(2) as pool:  # one imports while the other waits
-        return dict(zip(runs, pool.map(run, *zip(*runs))))
+    return two_at_a_time(run, [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
 
 
 METRICS = {"step", "epoch", "loss", "accuracy", "margin", "learning_rate", "grad_norm", "skipped_steps"}
@@ -996,7 +1000,7 @@ from transformers import AutoTokenizer
 from critic import create_critic_model, save_critic_model
 deepspeed.init_distributed()
 rank, results = torch.distributed.get_rank(), {"zero3": {}, "tree": {}, "ppo": {}}
-ds_config, names, batches, prompts, answers = json.load(open("arguments.json"))
+ds_config, (names, batches, prompts, answers) = json.load(open("ds.json")), json.load(open("arguments.json"))
 
 def create(folder, stage, trained=True):
     ds_config["zero_optimization"]["stage"], tokenizer = stage, AutoTokenizer.from_pretrained(folder)
@@ -1094,12 +1098,11 @@ def two_ranks(tokenizer, trained, training, tmp_path_factory):
     (folder / "trained").symlink_to(trained[2, 3][0])
     (folder / "script.py").write_text(TWO_RANKS)
     schedule = {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3}}
-    config = write_ds_config(folder / "ds.json", scheduler=schedule, gradient_clipping=0)
+    write_ds_config(folder / "ds.json", scheduler=schedule, gradient_clipping=0)
     batches = [torch.stack(pad_rows(random_rows(seed))).tolist() for seed in (1, 2)]
     rows = read_lines(training.held_out)[:5]
     texts = [row["prompt"] for row in rows], [row["chosen"] + " <eos>" for row in rows]
-    arguments = [json.loads(config.read_text()), list(models), batches, *texts]
-    (folder / "arguments.json").write_text(json.dumps(arguments))
+    (folder / "arguments.json").write_text(json.dumps([list(models), batches, *texts]))
     launch(script=folder / "script.py")
     return json.loads((folder / "results.json").read_text()), folder, models
 
@@ -1164,8 +1167,7 @@ def resumed(training, trained):
         assert "step 12: eval_loss" in launch(*arguments, "--resume")
         return output
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(MOMENTS, pool.map(run, MOMENTS)))
+    return two_at_a_time(run, MOMENTS)
 
 
 @pytest.mark.parametrize("stage", MOMENTS)
@@ -1445,6 +1447,9 @@ def benchmark_cases(options, tokenizer, device):
     else:  # as long as dialogues: a common beginning of 120 tokens or so, answers of 59
         prompts = [ids(draw(120)) for _ in range(options.pairs)]
         pairs = [[prompt + [first] + ids(draw(58)) for first in (8, 9)] for prompt in prompts]
+    common = statistics.mean(len(os.path.commonprefix(pair)) for pair in pairs)
+    answer = statistics.mean(len(text) for pair in pairs for text in pair) - common
+    print(f"\n{len(pairs)} pairs: {common:.0f} tokens in common on average, and answers of {answer:.0f}.")
     rows = lambda texts: tuple(tensor.to(device) for tensor in pad_rows(texts, extra=0))
     batch = lambda pairs: rows([text for texts in zip(*pairs) for text in texts])
     batches = lambda pairs: [batch(pairs[at : at + 8]) for at in range(0, len(pairs) - 7, 8)]
@@ -1512,9 +1517,9 @@ def benchmark_load():
     config = AutoConfig.for_model("llama", num_attention_heads=16, **sizes)
     tokenizer = type("Tokenizer", (), {"pad_token_id": PAD, "__len__": lambda self: 100})()
     build = lambda: RewardModel(AutoModel.from_config(config), tokenizer)
-    size = sum(parameter.numel() for parameter in build().parameters()) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         path = write_deepspeed_chat(Path(folder) / "reward", build())
+        size = os.path.getsize(f"{path}/pytorch_model.bin") / 4e6  # four bytes each
         plain = lambda: build().load_state_dict(torch.load(f"{path}/pytorch_model.bin", weights_only=True))
         mapped = functools.partial(create_critic_model, path, tokenizer, None, rlhf_training=True)
         print(f"\n3. Loading a checkpoint of {size:.0f}M parameters in float32, median of 3\n")

@@ -155,13 +155,14 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
         prompt, texts = render(row, tokenizer)
         texts = tokenizer(texts, add_special_tokens=isinstance(row["ranked"][0], str))["input_ids"]
         texts = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in texts]
+        shared = {"where": row["where"], "prompt": prompt}
         for chosen, rejected in itertools.combinations(texts, 2):  # the better one comes first
             if chosen == rejected:
                 left_out["identical"] += 1
             elif max(len(chosen), len(rejected)) > max_seq_len:
                 left_out[f"longer than {max_seq_len} tokens"] += 1
             else:
-                pairs.append(row | {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+                pairs.append(shared | {"chosen": chosen, "rejected": rejected})
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none"
     print(f"{', '.join(paths)}: {len(pairs)} pairs of {len(rows)} rows; left out: {counts}", flush=True)
     return pairs
@@ -291,7 +292,6 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))
     logging.set_verbosity_error()  # of transformers, which would warn that a fresh head is fresh
     deepspeed.init_distributed()
-    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # one rank tells
     folder, path = Path(args.output_dir), args.deepspeed_config
