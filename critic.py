@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,35 +27,30 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 
-# Families measured equal to plain rows (test_critic.py): all layers are causal attention over positions that
-# are given, full or in a window, through transformers' AttentionInterface. Others run plain rows, as wrong is
-# worse than slow: ALiBi counts columns (BLOOM, MPT, Falcon); attention is local, linear or their own
-# (GPT-Neo, GPT-J, Falcon, StableLM, Qwen3-Next); sdpa cannot soft-cap scores (Gemma 2).
-TREE_FAMILIES = {
-    "opt", "gpt2", "gpt_bigcode", "gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3",
-    "gemma", "gemma3_text", "phi", "phi3", "olmo2", "starcoder2", "deepseek_v3", "granite", "cohere",
-}  # fmt: skip
-TREE_ATTENTION = "prefix_tree"  # `tree_attention` below, in transformers' registry
-UNREAD = torch.iinfo(torch.long).max  # marks a column that nobody reads; no token id, and sorts last
+torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients on Hopper with an explicit mask (pytorch#196678)
 
 
-def is_causal(config: PretrainedConfig) -> bool:
-    both_ways = getattr(config, "use_bidirectional_attention", None)
-    return getattr(config, "is_causal", True) is not False and not both_ways  # None: not said
+def attends_causally(config: PretrainedConfig) -> bool:
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
+    return getattr(config, "is_causal", True) is not False and not bidirectional  # None means unset
 
 
 def align(
     input_ids: Tensor, attention_mask: Tensor | None, pad_id: int, num_padding_at_beginning: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Move each row's content to column 0, so that left, right and no padding are one case.
+    """Move the content of each row to column 0, so that left, right and interior padding are one case.
 
-    With a mask, content runs from its first 1 to its last 1. Without, from the first id that is not PAD to
-    the last, and `num_padding_at_beginning` ids before: OPT begins every text with BOS, and with pad = eos
-    BOS is PAD (DeepSpeedExamples #455). An interior PAD, such as the eos of an earlier turn, ends nothing.
+    With a mask, content is exactly where it is 1: a hidden token takes no position and is no key. Without one,
+    content runs from the first id that is not PAD to the last, and `num_padding_at_beginning` ids before: OPT
+    starts every text with BOS, and with pad = eos its BOS is PAD (DeepSpeedExamples #455). A PAD inside, such
+    as the EOS of an earlier turn, does not end the text.
 
-    Returns, on the host (the only wait for a GPU: what goes back to it goes ahead of the model):
-        ids (R, T): PAD behind the content. is_key (R, T): where attention may look; without a mask all
-        over, as in the original. columns (R, T): where each came from. length (R,): content tokens.
+    Args:
+        input_ids, attention_mask (R, T): on any device; a device other than the CPU is read once.
+
+    Returns, on the CPU:
+        ids (R, T): content, then PAD. is_key (R, T): whether attention sees the token; without a mask it sees
+        padding too, as in DeepSpeed-Chat. columns (R, T): where each token came from. length (R,): content tokens.
 
     Raises ValueError: a wrong shape, or a row without content.
     """
@@ -63,155 +59,54 @@ def align(
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         shapes = f"{tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
         raise ValueError(f"attention_mask has shape {shapes}: pass the same shape")
-    ids = input_ids.cpu().long()
-    content = ids != pad_id if attention_mask is None else attention_mask.cpu().bool()  # (R, T)
-    T, t = ids.size(1), torch.arange(ids.size(1))
-    if not content.any(1).all():
-        row = content.any(1).int().argmin().item()
-        raise ValueError(f"row {row} of input_ids is only padding: drop the row, or its pair")
-    start = content.int().argmax(1)
-    if attention_mask is None:
-        start = (start - num_padding_at_beginning).clamp(min=0)
-    length = T - content.flip(1).int().argmax(1) - start
-    columns = (t + start[:, None]) % T
-    is_key = torch.ones_like(content) if attention_mask is None else content.gather(1, columns)
-    ids = ids.gather(1, columns).masked_fill(t >= length[:, None], pad_id)
+    ids, t = input_ids.cpu().long(), torch.arange(input_ids.size(1))
+    if attention_mask is not None:
+        content = attention_mask.cpu().bool()  # (R, T)
+    else:
+        text = ids != pad_id
+        first = text.int().argmax(1, keepdim=True) - num_padding_at_beginning
+        last = len(t) - 1 - text.flip(1).int().argmax(1, keepdim=True)
+        content = (first <= t) & (t <= last) & text.any(1, keepdim=True)
+    length = content.sum(1)
+    if not length.all():
+        raise ValueError(f"row {length.argmin()} of input_ids is only padding: drop the row, or its pair")
+    columns = (~content).int().argsort(dim=1, stable=True)  # content first, in its order
+    inside = t < length[:, None]
+    ids = ids.gather(1, columns).masked_fill(~inside, pad_id)
     if ids.min() < 0:
         raise ValueError("input_ids has ids below 0 in its content: pass token ids, not labels")
-    return ids, is_key, columns, length
-
-
-def in_blocks(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
-    """Split (all tokens, ...), row after row, into (rows, tokens, ...) of each shape."""
-    pieces = x.split([rows * tokens for rows, tokens in shapes])
-    return [piece.unflatten(0, shape) for piece, shape in zip(pieces, shapes)]
-
-
-class PrefixTree:
-    """Each distinct (prefix, token) of a batch, once: all that a causal model has to compute.
-
-    A token's hidden state depends on the tokens before it in its row and on nothing else, so rows that begin
-    alike share their states. Sorted, such rows are neighbours, and a row *owns* what it does not share with
-    the row above, from the first difference to its end:
-
-        rows    P Q a b      owned    P Q a b      tokens, N = 7    P Q a b c d R
-                P Q a c d             . . . c d    columns          0 1 2 3 3 4 1
-                P R                   . R
-
-    Args:
-        ids, is_key (R, E): as from `align`. read (R,): tokens of each row that are read. device: the model's.
-
-    Attributes:
-        ids, columns (N,): the tokens, and where they stand in their rows. keys_before (N,): OPT's positions.
-        index (R, E): which of the N tokens stands there; arbitrary where nobody reads.
-        keys: the tokens that each owning row may look at, row after row, as indices into the N.
-        query_shapes, key_shapes: (rows, queries), (rows, keys) of each block of neighbours that are alike in
-            both, as answers of one length are: one sdpa call. query_columns, key_columns: in these shapes.
-    """
-
-    def __init__(self, ids: Tensor, is_key: Tensor, read: Tensor, device: torch.device) -> None:
-        t = torch.arange(ids.size(1))
-        marked = torch.where(is_key, ids, ~ids)  # hidden, the same id is another token than seen
-        marked = marked.masked_fill(t >= read[:, None], UNREAD)
-        rows, row_of = torch.unique(marked, dim=0, return_inverse=True)  # sorted; identical rows become one
-        differs = F.pad(rows[1:] != rows[:-1], (0, 0, 1, 0), value=True)
-        owned = (differs.cumsum(1) > 0) & (rows != UNREAD)
-        # Numbered row by row. A token's owner is the last row that owns its column so far: the highest one.
-        number = torch.where(owned, owned.flatten().cumsum(0).view_as(owned) - 1, 0).cummax(0).values
-        self.index = number[row_of].to(device)
-
-        rows, number, owned = (x[owned.any(1)] for x in (rows, number, owned))
-        seen = (rows >= 0) & (rows != UNREAD)
-        ids, columns = rows[owned], t.expand_as(rows)[owned]
-        self.ids, self.columns = torch.where(ids < 0, ~ids, ids).to(device), columns.to(device)
-        self.keys_before = (seen.cumsum(1) * seen - 1)[owned].to(device)
-        self.keys = number[seen].to(device)
-        lengths = torch.stack([owned.sum(1), seen.sum(1)], 1)  # queries and keys of each row
-        lengths, counts = torch.unique_consecutive(lengths, dim=0, return_counts=True)
-        self.query_shapes, self.key_shapes = (list(zip(counts.tolist(), x.tolist())) for x in lengths.T)
-        self.query_columns = in_blocks(columns, self.query_shapes)
-        self.key_columns = in_blocks(t.expand_as(rows)[seen], self.key_shapes)
-        self.masks: dict[tuple, list[Tensor | None]] = {}
-
-    def masks_within(self, window: int | None, copies: int, dtype: torch.dtype) -> list[Tensor | None]:
-        """What is added to each block's scores, (rows, 1, copies * queries, keys): 0 where a key is seen,
-        else -inf; None where `is_causal` says the same. One for all layers, since autograd keeps it."""
-        if (window, copies, dtype) not in self.masks:
-            masks = self.masks[window, copies, dtype] = []
-            for q, k in zip(self.query_columns, self.key_columns):
-                if torch.equal(q, k) and not (window and window < q.size(1)):
-                    masks.append(None)
-                    continue
-                hidden = ((distance := q[:, :, None] - k[:, None]) < 0) | (distance >= (window or UNREAD))
-                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
-                masks.append(mask.repeat(1, copies, 1)[:, None].to(self.ids.device, non_blocking=True))
-        return self.masks[window, copies, dtype]
-
-
-def tree_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention row by row, the only place where tokens meet: a row's own queries over the keys of its path.
-
-    Args:
-        query (1, heads, N, D), key, value (1, groups, N, D): a group of heads shares keys (arXiv:2305.13245).
-        options: a layer's, and `tree`, a PrefixTree; without, this is transformers' sdpa. `sliding_window`:
-            columns that a query sees, its own included. Padding too far from the content sees none: zeros.
-
-    Returns (1, N, heads, D), and None for the attention weights.
-    """
-    tree = options.pop("tree", None)
-    if tree is None:
-        return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
-    window = options.get("sliding_window") or getattr(module, "sliding_window", None)  # Qwen2-MoE passes none
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads or groups, D)
-    heads, groups, D = query.size(1), key.size(1), query.size(2)
-    queries = in_blocks(query, tree.query_shapes)
-    keys, values = (in_blocks(x.index_select(0, tree.keys), tree.key_shapes) for x in (key, value))
-    attended, settings = [], {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
-    for q, k, v, bias in zip(queries, keys, values, tree.masks_within(window, heads // groups, query.dtype)):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (rows, heads or groups, tokens, D)
-        if bias is None:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **settings)
-        else:  # few kernels take groups and a mask: a group's heads become more queries of one head
-            x = F.scaled_dot_product_attention(q.reshape(len(q), groups, -1, D), k, v, bias, **settings)
-        attended.append(x.reshape(len(q), heads, -1, v.size(3)).transpose(1, 2).flatten(0, 1))
-    return torch.cat(attended)[None], None
-
-
-transformers.AttentionInterface.register(TREE_ATTENTION, tree_attention)
-transformers.AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)  # for plain rows
+    return ids, torch.ones_like(inside) if attention_mask is None else inside, columns, length
 
 
 def ranking_loss(rewards: Tensor, length: Tensor, divergence: Tensor, loss_on: str) -> tuple[Tensor, Tensor]:
     """The Bradley-Terry loss of B pairs, `-log sigmoid(chosen - rejected)`.
 
-    "tokens" averages it over every position from the divergence to the longer row's end, as DeepSpeed-Chat
-    does; the shorter row's padding takes part (DeepSpeedExamples #316). "end" takes the two end scores alone,
-    as InstructGPT (arXiv:2203.02155). An identical pair gives log 2 and no gradient.
+    "tokens" averages it over the positions [p, e), from the divergence p to the end e of the longer row, as
+    DeepSpeed-Chat does; padding of the shorter row takes part (DeepSpeedExamples #316). "end" takes the two end
+    scores alone, as InstructGPT does (arXiv:2203.02155). An identical pair gives log 2 and no gradient.
 
     Args:
-        rewards (2B, E): aligned at column 0. length (2B,). divergence (B,): an identical pair's is its end.
+        rewards (2B, E): aligned at column 0. length (2B,). divergence (B,): e for an identical pair.
 
     Returns loss (), end scores (2B,).
     """
     end_scores = rewards.gather(1, length[:, None] - 1).squeeze(1)  # (2B,)
-    end = torch.maximum(*length.chunk(2))  # (B,)
+    p, e = divergence, torch.maximum(*length.chunk(2))  # (B,)
     if loss_on == "end":
         chosen, rejected = end_scores.chunk(2)
-        return -F.logsigmoid(torch.where(divergence < end, chosen - rejected, 0)).mean(), end_scores
-    t = torch.arange(rewards.size(1), device=rewards.device)
+        return -F.logsigmoid((chosen - rejected).masked_fill(p == e, 0)).mean(), end_scores
     chosen, rejected = rewards.chunk(2)  # (B, E)
-    inside = t < end[:, None]
-    difference = torch.where(inside & (t >= divergence[:, None]), chosen - rejected, 0)
-    counted = inside & (t >= torch.minimum(divergence, end - 1)[:, None])  # an identical pair counts one zero
-    loss = (-F.logsigmoid(difference) * counted).sum(1, dtype=torch.float32) / counted.sum(1)  # (B,)
-    return loss.mean().to(rewards.dtype), end_scores  # a sum in fp16 would pass 65,504
+    t = torch.arange(rewards.size(1), device=rewards.device)
+    difference = (chosen - rejected).masked_fill(t < p[:, None], 0)  # before p both rows are one text
+    counted = (t >= torch.minimum(p, e - 1)[:, None]) & (t < e[:, None])  # an identical pair counts one 0
+    loss = torch.where(counted, -F.logsigmoid(difference), 0)
+    loss = loss.sum(1, dtype=torch.float32) / counted.sum(1)  # (B,); a sum in fp16 would pass 65,504
+    return loss.mean().to(rewards.dtype), end_scores
 
 
 class ValueHead(nn.Linear):
-    """`nn.Linear(H, 1, bias=False)`, in float32 if asked: bf16 scores near 4 move in steps of 0.03 and tie.
-    The cast lies in the module's own forward because ZeRO-3 gathers its weight only there."""
+    """`nn.Linear(H, 1, bias=False)`, on request in float32: bf16 scores near 4 move in steps of 0.03 and tie.
+    The cast is in the module's own forward because ZeRO-3 gathers the weight only there."""
 
     def __init__(self, width: int, in_float32: bool, **factory: Any) -> None:
         super().__init__(width, 1, bias=False, **factory)
@@ -225,18 +120,16 @@ class ValueHead(nn.Linear):
 
 
 class RewardModel(nn.Module):
-    """A decoder with a value head: r(t), one scalar a token. Names and state dict are DeepSpeed-Chat's.
+    """A decoder with a value head: r(t), one scalar per token. Names and state dict are DeepSpeed-Chat's.
 
     Args:
         base_model: the decoder without its language-model head, `last_hidden_state` its first output.
-        tokenizer: of which only `pad_token_id` is read.
-        num_padding_at_beginning: PAD ids with which the tokenizer begins every text: 1 for OPT with pad = eos
-            = bos, 0 for nearly all others. Read only where no `attention_mask` is given.
-        compute_fp32_loss: head and loss in float32 whatever the backbone's dtype.
+        tokenizer: only its pad_token_id is used, which should differ from EOS.
+        num_padding_at_beginning: PAD ids that start every text: 1 for OPT where pad = eos = bos and batches
+            come without a mask, else 0.
+        compute_fp32_loss: value head and loss in float32.
 
-    Attributes:
-        loss_on: "tokens" (DeepSpeed-Chat) or "end" (InstructGPT, TRL): see `ranking_loss`.
-        share_prefix: compute each token once where that is known to be equal: see `PrefixTree`.
+    Attributes: loss_on, "tokens" (default) or "end"; share_prefix, False turns the prefix tree off.
     """
 
     def __init__(
@@ -254,12 +147,11 @@ class RewardModel(nn.Module):
         self.num_padding_at_beginning = num_padding_at_beginning
         self.loss_on = "tokens"
         self.share_prefix = True
-        by_interface = base_model._supports_attention_backend and self.config._attn_implementation == "sdpa"
-        if self.config.model_type in TREE_FAMILIES and by_interface and is_causal(self.config):
-            base_model.set_attn_implementation(TREE_ATTENTION)
         self.rwtransformer = base_model
         width = getattr(self.config, "word_embed_proj_dim", self.config.hidden_size)  # OPT-350m: narrower
         self.v_head = ValueHead(width, compute_fp32_loss, dtype=base_model.dtype, device=base_model.device)
+        # Moves with the model and tells its device; under ZeRO-3 with offload the parameters lie on the CPU.
+        self.register_buffer("on_device", torch.empty(0, device=base_model.device), persistent=False)
 
     def gradient_checkpointing_enable(self) -> None:
         # The reentrant kind loses every gradient where embeddings are frozen.
@@ -274,10 +166,11 @@ class RewardModel(nn.Module):
         """The ranking loss of B pairs. Left, right and no padding are three ways to write the same row.
 
         Args:
-            input_ids (2B, T): chosen rows, then the rejected ones in the same order.
-            attention_mask (2B, T): 1 at content. Without one padding is told by PAD, and is seen as a key.
+            input_ids (2B, T): chosen rows, then the rejected ones in the same order. Best on the CPU: the model
+                then reads nothing back from its device.
+            attention_mask (2B, T): 1 at content. Without one PAD marks padding, which is seen as a key.
 
-        Returns loss (), and the end scores chosen_mean_scores and rejected_mean_scores (B,).
+        Returns loss (), and the end scores chosen_mean_scores and rejected_mean_scores (B,), with gradients.
 
         Raises ValueError: names the argument or the row, and what to do.
         """
@@ -286,13 +179,13 @@ class RewardModel(nn.Module):
         ids, is_key, _, length = self._align(input_ids, attention_mask, **others)
         if len(ids) % 2:
             raise ValueError(f"input_ids has {len(ids)} rows: pass B chosen rows, then their B rejected ones")
-        chosen, rejected = ids.chunk(2)  # (B, T)
         shorter, longer = torch.aminmax(torch.stack(length.chunk(2)), dim=0)  # (B,)
-        differs = (chosen != rejected) | (torch.arange(ids.size(1)) >= shorter[:, None])
-        divergence = torch.where(differs.any(1), differs.int().argmax(1), longer)  # (B,)
+        chosen, rejected = ids.chunk(2)  # (B, T)
+        same = (chosen == rejected) & (torch.arange(ids.size(1)) < shorter[:, None])
+        divergence = same.int().cumprod(1).sum(1)  # (B,); an identical pair's is its end
         read = longer.repeat(2) if self.loss_on == "tokens" else length  # (2B,)
-        length, divergence = (x.to(input_ids.device) for x in (length, divergence))  # ahead of the model
-        rewards = self._rewards(ids, is_key, read, input_ids.device)  # (2B, E)
+        rewards = self._rewards(ids, is_key, read)  # (2B, E)
+        length, divergence = self._send(length), self._send(divergence)
         loss, end_scores = ranking_loss(rewards, length, divergence, self.loss_on)
         chosen_scores, rejected_scores = end_scores.chunk(2)
         return {"loss": loss, "chosen_mean_scores": chosen_scores, "rejected_mean_scores": rejected_scores}
@@ -306,11 +199,11 @@ class RewardModel(nn.Module):
         use_cache: bool = False,
         **others: None,
     ) -> Tensor | dict[str, Tensor]:
-        """The values of R rows, one a token: what PPO's critic and the frozen reward model give.
+        """The values of R rows, one per token: what PPO's critic and the frozen reward model return.
 
         Args:
-            input_ids, attention_mask (R, T): as in `forward`; PPO pads prompts left, answers right.
-            prompt_length: columns before the answer, in (1, T]; read unless `return_value_only`.
+            input_ids, attention_mask (R, T): as in `forward`; PPO pads prompts left, responses right.
+            prompt_length: DeepSpeed-Chat's; checked to be in (1, T] unless `return_value_only`, otherwise unused.
 
         Returns values (R, T), 0 at padding. Unless `return_value_only`, a dict of `values` and
         `chosen_end_scores` (R,), the rewards at each row's last content token.
@@ -318,13 +211,12 @@ class RewardModel(nn.Module):
         Raises ValueError: names the argument or the row, and what to do.
         """
         ids, is_key, columns, length = self._align(input_ids, attention_mask, **others)
-        T, device = ids.size(1), input_ids.device
+        T = ids.size(1)
         if not return_value_only and not 1 < prompt_length <= T:
             raise ValueError(f"prompt_length is {prompt_length}: it must be greater than 1 and at most {T}")
-        columns, last = columns.to(device), length[:, None].to(device) - 1  # ahead of the model
-        rewards = self._rewards(ids, is_key, length, device)  # (R, E)
-        content = torch.arange(rewards.size(1), device=device) <= last
-        columns = columns[:, : rewards.size(1)]  # back to where the tokens came from
+        rewards = self._rewards(ids, is_key, length)  # (R, E)
+        last, columns = self._send(length[:, None] - 1), self._send(columns[:, : rewards.size(1)])
+        content = torch.arange(rewards.size(1), device=rewards.device) <= last
         values = rewards.new_zeros(len(ids), T).scatter(1, columns, rewards.where(content, 0))
         if return_value_only:
             return values
@@ -335,20 +227,19 @@ class RewardModel(nn.Module):
             raise ValueError(f"{', '.join(given)}: not supported, leave it out")
         return align(input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning)
 
-    def _rewards(self, ids: Tensor, is_key: Tensor, read: Tensor, device: torch.device) -> Tensor:
-        """r(t) of aligned rows as far as they are read, (R, E): each token once, or as plain rows."""
+    def _rewards(self, ids: Tensor, is_key: Tensor, read: Tensor) -> Tensor:
+        """r(t) of aligned rows, up to the last of the `read` (R,) tokens of each: (R, E), on the model's device."""
         E = int(read.max())
         ids, is_key = ids[:, :E], is_key[:, :E]
-        if not self.share_prefix or self.config._attn_implementation != TREE_ATTENTION:
-            inputs = {"input_ids": ids.to(device), "attention_mask": is_key.long().to(device)}
-            return self.v_head(self.rwtransformer(**inputs, use_cache=False)[0]).squeeze(-1)
-        tree = PrefixTree(ids, is_key, read, device)
-        positions = tree.keys_before if self.config.model_type == "opt" else tree.columns  # OPT's padding: -1
-        # 4-D, so that the backbone makes no mask of its own; sdpa refuses integers, should one drop `tree`.
-        placeholder = torch.ones(1, 1, 1, 1, dtype=torch.long, device=device)
-        inputs = {"input_ids": tree.ids[None], "position_ids": positions[None], "attention_mask": placeholder}
-        hidden = self.rwtransformer(**inputs, tree=tree, use_cache=False)[0]  # (1, N, H)
-        return self.v_head(hidden).flatten()[tree.index]
+        if self.share_prefix and tree_is_exact(self.rwtransformer):
+            return tree_rewards(self, ids, is_key, read)
+        inputs = {"input_ids": self._send(ids), "attention_mask": self._send(is_key.long())}
+        return self.v_head(self.rwtransformer(**inputs, use_cache=False)[0]).squeeze(-1)
+
+    def _send(self, x: Tensor) -> Tensor:
+        """To the model's device, without waiting: a copy from memory that is not pinned would be a device sync."""
+        device = self.on_device.device
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -400,28 +291,6 @@ def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, traine
     return model
 
 
-def load_for_zero3(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
-    """The same on rank 0; elsewhere memory that its weights are sent into as ZeRO-3 partitions them. Rank 0
-    tells the others what is wrong: a bad key is an error on every rank, and never a hang."""
-    model, told = None, [None, {}]  # rank 0's error, its buffers
-    if dist.get_rank() == 0:
-        try:
-            model = load_weights(path, config, dtype, trained)
-            told[1] = dict(model.named_buffers())
-        except ValueError as error:
-            told[0] = error
-    dist.broadcast_object_list(told)
-    if told[0] is not None:
-        raise told[0]
-    if model is None:
-        with torch.device("meta"):
-            model = reward_class(config)(config).to(dtype).eval()  # as `from_pretrained` leaves it
-        model.to_empty(device="cpu")  # untouched, so that it takes no memory yet
-        for name, buffer in model.named_buffers():
-            buffer.data = told[1][name]
-    return model
-
-
 def override_dropout(config: PretrainedConfig, dropout: float) -> None:
     """Set every dropout probability of a config, nested ones too: `dropout`, `resid_pdrop`, ..."""
     if not 0 <= dropout < 1:
@@ -436,7 +305,7 @@ def override_dropout(config: PretrainedConfig, dropout: float) -> None:
 def read_config(path: str, dropout: float | None) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(path, num_labels=1)
     decoder = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
-    both_ways = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or not is_causal(config)
+    both_ways = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or not attends_causally(config)
     if both_ways or not decoder:
         raise ValueError(f"{path} is a {config.model_type} model: a critic needs a causal decoder")
     if dropout is not None:
@@ -548,3 +417,205 @@ def write_folder(final: Path, shell: PreTrainedModel, state: dict[str, Tensor], 
         raise OSError(f"{final} cannot be written, free or change the place ({error})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+# ---- chapter 2: the prefix tree ----
+
+# Families where the tests saw the tree equal to a padded batch: all layers are causal attention over given
+# positions, full or in a window, through transformers' AttentionInterface. Others run padded batches, as wrong
+# is worse than slow: ALiBi counts columns (BLOOM, MPT, Falcon); attention is local, linear or their own
+# (GPT-Neo, GPT-J, Falcon, StableLM, Qwen3-Next); sdpa cannot soft-cap scores (Gemma 2).
+TREE_FAMILIES = {
+    "opt", "gpt2", "gpt_bigcode", "gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3",
+    "gemma", "gemma3_text", "phi", "phi3", "olmo2", "starcoder2", "deepseek_v3", "granite", "cohere",
+}  # fmt: skip
+TREE_ATTENTION = "prefix_tree"  # the name of `tree_attention` in transformers' registry
+
+
+def tree_is_exact(backbone: PreTrainedModel) -> bool:
+    """Whether the tree equals a padded batch on this backbone; if so, its attention is ready for it."""
+    config = backbone.config
+    by_interface = backbone._supports_attention_backend and config._attn_implementation == "sdpa"
+    if config.model_type in TREE_FAMILIES and by_interface and attends_causally(config):
+        backbone.set_attn_implementation(TREE_ATTENTION)  # without a tree it is sdpa
+    return config._attn_implementation == TREE_ATTENTION
+
+
+def tree_rewards(model: RewardModel, ids: Tensor, is_key: Tensor, read: Tensor) -> Tensor:
+    """`RewardModel._rewards` with each distinct (prefix, token) computed once."""
+    tree = PrefixTree(ids, is_key, read, model._send)
+    # The backbone hands keyword arguments that it does not know to its attention, and so `tree` arrives in
+    # `tree_attention`. A 4-D mask keeps the backbone from making one of its own. This one is a placeholder, and
+    # of integers: sdpa fails on it, should a backbone drop `tree`.
+    placeholder = torch.ones(1, 1, 1, 1, dtype=torch.long, device=tree.ids.device)
+    position_ids = tree.columns
+    if model.config.model_type == "opt":  # transformers' OPT gives padding that a mask hides position -1
+        position_ids = position_ids.where(tree.is_key, -1)
+    inputs = {"input_ids": tree.ids[None], "position_ids": position_ids[None], "attention_mask": placeholder}
+    hidden = model.rwtransformer(**inputs, tree=tree, use_cache=False)[0]  # (1, N, H)
+    return model.v_head(hidden).flatten()[tree.node_index]
+
+
+def block_of(queries: Tensor, keys: Tensor, device: torch.device) -> Tensor:
+    """Which rows share an sdpa call, (rows, n): those with equal numbers here. queries, keys (rows,): lengths.
+
+    On a CPU padding costs more than a call does, so lengths may differ by less than 64. On an accelerator a call
+    costs more: queries round up to 64, 256, 1024, ..., and the number of blocks does not grow with the rows."""
+    if device.type == "cpu":
+        return torch.stack([queries, keys], 1).add(63) // 64
+    return (queries[:, None] / 64).log2().div(2).ceil().clamp(min=0)
+
+
+class Block(NamedTuple):
+    """Rows that share an sdpa call, padded to Q queries and K keys.
+
+    query_nodes (rows * Q,), key_nodes (rows * K,): indices into the N nodes. query_columns, query_ends (rows, Q):
+    a query's column, and the first column that it does not see. is_causal: sdpa's flag can replace the mask."""
+
+    query_nodes: Tensor
+    key_nodes: Tensor
+    query_columns: Tensor
+    query_ends: Tensor
+    is_causal: bool
+
+    def mask(self, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores, (rows, 1, repeats * Q, K): 0 where a key is seen, else -inf."""
+        rows, Q = self.query_columns.shape
+        if self.is_causal and (window is None or window >= Q):
+            return None
+        t = torch.arange(len(self.key_nodes) // rows, device=self.key_nodes.device)
+        seen = t < self.query_ends[:, :, None]  # (rows, Q, K)
+        if window is not None:
+            seen &= t > self.query_columns[:, :, None] - window
+        mask = torch.zeros(seen.shape, dtype=dtype, device=t.device).masked_fill(~seen, -torch.inf)
+        return mask.repeat(1, repeats, 1)[:, None]
+
+
+class PrefixTree:
+    """Each distinct (prefix, token) of a batch, once: all that a causal model has to compute.
+
+    A token's hidden state depends on the tokens before it in its row and on nothing else, so rows with a common
+    prefix share its states. In sorted order such rows are neighbours. Each row introduces what it does not
+    share with the row above, from the first difference to its end; these tokens are the N nodes:
+
+        rows    P Q a b      introduced    P Q a b      nodes, N = 7    P Q a b c d R
+                P Q a c d                  . . . c d    columns         0 1 2 3 3 4 1
+                P R                        . R
+
+    Args:
+        ids, is_key (R, E): as from `align`. read (R,): tokens of each row that are read.
+        send: moves a tensor to the model's device.
+
+    Attributes:
+        ids, columns, is_key (N,): the packed sequence, the position of each node in its row, and whether
+            attention sees it.
+        node_index (R, E): the node of each token; arbitrary where nothing is read.
+        blocks: the rows again, as attention needs them: the nodes that a row introduces are its queries, the
+            nodes of its whole path its keys.
+        output_index (N,): where each node's query stands in the blocks, one after the other.
+    """
+
+    def __init__(self, ids: Tensor, is_key: Tensor, read: Tensor, send: Callable[[Tensor], Tensor]) -> None:
+        t = torch.arange(ids.size(1))
+        # Tokens merge where this is equal: an id that is hidden is not the same id seen. -2 is never read.
+        merge_key = (2 * ids + is_key).masked_fill(t >= read[:, None], -2)  # (R, E)
+        rows, row_of = torch.unique(merge_key, dim=0, return_inverse=True)  # sorted; identical rows merge
+        differs = F.pad(rows[1:] != rows[:-1], (0, 0, 1, 0), value=True)
+        new = (differs.cumsum(1) > 0) & (rows >= 0)  # what each row introduces
+        # Nodes are numbered row by row. The node at a column is that of the last row so far to introduce it.
+        nodes = torch.where(new, new.flatten().cumsum(0).view_as(new) - 1, 0).cummax(0).values
+        self.node_index = send(nodes[row_of])
+        self.ids, self.is_key = send(rows[new] // 2), send(rows[new] % 2 == 1)
+        self.columns = send(t.expand_as(rows)[new])
+
+        queries, keys, ends = new.sum(1), (rows % 2).sum(1), (rows >= 0).sum(1)  # (rows,)
+        block = torch.unique(block_of(queries, keys, self.ids.device), dim=0, return_inverse=True)[1]
+        self.blocks, output_index, slots = [], torch.empty(len(self.ids), dtype=torch.long), 0
+        nodes = F.pad(nodes, (0, 7))  # lengths round up to 8, which kernels want
+        for mine in (block == number for number in range(block.max() + 1)):
+            Q, K = (x[mine].max().add(7).item() // 8 * 8 for x in (queries, keys))
+            count, last = queries[mine, None], ends[mine, None] - 1
+            columns = torch.minimum(
+                last - count + 1 + torch.arange(Q), last
+            )  # (rows, Q); padding repeats the last
+            query_nodes = nodes[mine].gather(1, columns)
+            real = torch.arange(Q) < count
+            output_index[query_nodes[real]] = slots + real.flatten().nonzero().squeeze(1)
+            slots += real.numel()
+            tensors = (
+                query_nodes.flatten(),
+                nodes[mine, :K].flatten(),
+                columns,
+                columns.add(1).minimum(keys[mine, None]),
+            )
+            is_causal = bool((queries[mine] == keys[mine]).all() and (count == last + 1).all())
+            self.blocks.append(Block(*map(send, tensors), is_causal))
+        self.output_index = send(output_index)
+        self.masks: dict[tuple, list[Tensor | None]] = {}
+
+    def masks_for(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Tensor | None]:
+        """The mask of each block, the same tensor for all layers of a kind, since autograd keeps it."""
+        key = window, repeats, dtype
+        if key not in self.masks:
+            self.masks[key] = [block.mask(*key) for block in self.blocks]
+        return self.masks[key]
+
+
+@torch.compiler.disable  # its shapes differ from batch to batch
+def tree_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention, the only place where tokens meet: the queries of a row over the keys of its path.
+
+    Args:
+        query (1, heads, N, D), key, value (1, KV heads, N, D): grouped heads as in arXiv:2305.13245.
+        options: the layer's, and `tree`, a PrefixTree; without one this is transformers' sdpa. `sliding_window`:
+            columns that a query sees, its own included. Padding too far from the content sees none: zeros.
+
+    Returns (1, N, heads, D), and None for the attention weights.
+    """
+    tree = options.pop("tree", None)
+    if tree is None:
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
+    window = options.get("sliding_window") or getattr(module, "sliding_window", None)  # Qwen2-MoE passes none
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads or KV heads, D)
+    heads, kv_heads, outputs = query.size(1), key.size(1), []
+    settings = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
+    masks = tree.masks_for(window, heads // kv_heads, query.dtype)
+    for block, bias in zip(tree.blocks, masks):
+        rows = len(block.query_columns)
+        gathered = (query, block.query_nodes), (key, block.key_nodes), (value, block.key_nodes)
+        q, k, v = (x.index_select(0, nodes).unflatten(0, (rows, -1)).transpose(1, 2) for x, nodes in gathered)
+        if bias is None:
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **settings)
+        else:  # with a mask few kernels take grouped heads: the query heads of a KV head become more queries
+            q = q.reshape(rows, kv_heads, -1, q.size(3))
+            x = F.scaled_dot_product_attention(q, k, v, bias, **settings)
+        outputs.append(x.reshape(rows, heads, -1, v.size(3)).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, tree.output_index)[None], None
+
+
+transformers.AttentionInterface.register(TREE_ATTENTION, tree_attention)
+transformers.AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)  # for padded batches
+
+
+def load_for_zero3(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
+    """The same on rank 0; elsewhere memory that its weights are sent into as ZeRO-3 partitions them. Rank 0
+    tells the others what is wrong: a bad key is an error on every rank, and never a hang."""
+    model, told = None, [None, {}]  # rank 0's error, its buffers
+    if dist.get_rank() == 0:
+        try:
+            model = load_weights(path, config, dtype, trained)
+            told[1] = dict(model.named_buffers())
+        except ValueError as error:
+            told[0] = error
+    dist.broadcast_object_list(told)
+    if told[0] is not None:
+        raise told[0]
+    if model is None:
+        with torch.device("meta"):
+            model = reward_class(config)(config).to(dtype).eval()  # as `from_pretrained` leaves it
+        model.to_empty(device="cpu")  # untouched, so that it takes no memory yet
+        for name, buffer in model.named_buffers():
+            buffer.data = told[1][name]
+    return model

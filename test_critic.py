@@ -33,6 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -164,30 +165,28 @@ def gradients(model, loss):
 
 
 def reference_content(ids, mask, n):
-    """(first, last) column of a row's content, by the rule's own words."""
+    """The columns of a row's content, by the rule's own words."""
     if mask is not None:
-        ones = [t for t, bit in enumerate(mask) if bit]
-        return ones[0], ones[-1]
-    content = [t for t, token in enumerate(ids) if token != PAD]
-    return max(0, content[0] - n), content[-1]
+        return [t for t, bit in enumerate(mask) if bit]
+    text = [t for t, token in enumerate(ids) if token != PAD]
+    return list(range(max(0, text[0] - n), text[-1] + 1))
 
 
 def reference_rewards(model, ids, mask, n, T):
-    """One row, its content at column 0 and PAD behind: rewards (T,), content length, the row, its mask."""
-    first, last = reference_content(ids, mask, n)
-    padding = T - (last + 1 - first)
-    row = ids[first : last + 1] + [PAD] * padding
+    """One row, its content at column 0 and PAD behind: rewards (T,), content length, the row."""
+    row = [ids[t] for t in reference_content(ids, mask, n)]
+    length, padding = len(row), T - len(row)
+    row += [PAD] * padding
     # Twice, since transformers 4.57 hides padding from Qwen3-Next only where there is more than one row.
-    bits = None if mask is None else torch.tensor([mask[first : last + 1] + [0] * padding] * 2)
+    bits = None if mask is None else torch.tensor([[1] * length + [0] * padding] * 2)
     hidden = model.rwtransformer(input_ids=torch.tensor([row] * 2), attention_mask=bits, use_cache=False)[0]
-    return model.v_head(hidden)[0, :, 0], last + 1 - first, row
+    return model.v_head(hidden)[0, :, 0], length, row
 
 
 def reference_loss(model, input_ids, attention_mask=None, loss_on="tokens", n=0):
     B, ids = len(input_ids) // 2, input_ids.tolist()
     masks = [None] * (2 * B) if attention_mask is None else attention_mask.tolist()
-    ends = [reference_content(row, mask, n) for row, mask in zip(ids, masks)]
-    T = max(last + 1 - first for first, last in ends)
+    T = max(len(reference_content(row, mask, n)) for row, mask in zip(ids, masks))
     rows = [reference_rewards(model, row, mask, n, T) for row, mask in zip(ids, masks)]
     losses = []
     for (chosen, c, chosen_ids), (rejected, r, rejected_ids) in zip(rows[:B], rows[B:]):
@@ -205,11 +204,10 @@ def reference_loss(model, input_ids, attention_mask=None, loss_on="tokens", n=0)
 
 def reference_tokens(input_ids, attention_mask, loss_on, n=0):
     """How many distinct (prefix, token) a batch has, as far as the loss or (loss_on=None) the values read it."""
+    masks = [None] * len(input_ids) if attention_mask is None else attention_mask.tolist()
     rows, found = [], set()
-    for index, ids in enumerate(input_ids.tolist()):
-        mask = None if attention_mask is None else attention_mask[index].tolist()
-        first, last = reference_content(ids, mask, n)
-        rows.append([(ids[t], mask is None or bool(mask[t])) for t in range(first, last + 1)])
+    for ids, mask in zip(input_ids.tolist(), masks):
+        rows.append([(ids[t], True) for t in reference_content(ids, mask, n)])
     for row, other in zip(rows, rows[len(rows) // 2 :] + rows[: len(rows) // 2]):
         read = max(len(row), len(other)) if loss_on == "tokens" else len(row)
         row = row + [(PAD, attention_mask is None)] * (read - len(row))
@@ -328,7 +326,10 @@ def test_each_token_is_computed_once_and_equals_plain_rows(name, loss_on, tokeni
         values = model.forward_value(ids, bits, return_value_only=True)
         model.share_prefix = False
         same(values, model.forward_value(ids, bits, return_value_only=True), "values")
-        assert calls[-1] > once[1]
+        assert calls[-1] == len(ids) * max(
+            len(reference_content(*row, n))
+            for row in zip(ids.tolist(), [None] * len(ids) if bits is None else bits.tolist())
+        )
 
 
 EAGER, BOTH_WAYS = {"attention": "eager"}, {"use_bidirectional_attention": True}
@@ -370,9 +371,9 @@ def test_half_precision(dtype, fp32, tokenizer):
 def test_gradient_checkpointing_changes_no_gradient(tokenizer, monkeypatch):
     model = make_model("llama", tokenizer).train()
     model.rwtransformer.get_input_embeddings().requires_grad_(False)  # the reentrant kind would lose all
-    calls, found, masks_within = [], [], critic.PrefixTree.masks_within
-    count = lambda *args: calls.append(1) or masks_within(*args)
-    monkeypatch.setattr(critic.PrefixTree, "masks_within", count)
+    calls, found, masks_for = [], [], critic.PrefixTree.masks_for
+    count = lambda *args: calls.append(1) or masks_for(*args)
+    monkeypatch.setattr(critic.PrefixTree, "masks_for", count)
     for switch in (model.gradient_checkpointing_enable, model.gradient_checkpointing_disable):
         switch()
         found.append(gradients(model, model(*pad_rows(random_rows(6)))["loss"]))
@@ -392,16 +393,103 @@ def test_dropout_runs_and_an_identical_pair_has_no_gradient(name, tokenizer):
         assert not any(value.any() for value in gradients(model, output["loss"]).values())
 
 
-def test_the_device_is_waited_for_once(tokenizer, monkeypatch):
-    """On the meta device every other wait (item, tolist, nonzero, an index by mask) is an error."""
-    model, host, calls = make_model("gpt2", tokenizer).to("meta"), pad_rows(random_rows(2)), []
+STEPS = {
+    f"a step of {n}": functools.partial(lambda n, q, k, _: -(-torch.stack([q, k], 1) // n), n)
+    for n in (1, 16, 64)
+}
+STEPS["one block"] = lambda q, k, _: torch.zeros_like(q)
+ON_A_GPU = functools.partial(lambda rule, q, k, _: rule(q, k, torch.device("meta")), critic.block_of)
+STEPS["a GPU's, lengths times 16"] = lambda q, k, _: ON_A_GPU(16 * q, 16 * k, _)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name][2]])
+def test_blocks_of_any_step_equal_the_padded_batch(name, step, tokenizer, monkeypatch):
+    """In value and every gradient, with windows, and through the code path of dropout (of probability 1e-9)."""
+    monkeypatch.setattr(critic, "block_of", STEPS[step])
+    for seed, loss_on in itertools.product(range(3), ("tokens", "end")):
+        model = make_model(name, tokenizer, dropout=1e-9 * (seed == 1)).train()
+        ids, mask = pad_rows(random_rows(100 + seed, B=4), ("left", "right")[seed % 2])
+        found, model.loss_on = [], loss_on
+        for model.share_prefix in (True, False):
+            output = model(ids, mask if seed else None)
+            values = model.forward_value(ids, mask if seed else None, return_value_only=True)
+            found.append({**output, "values": values, **gradients(model, output["loss"])})
+        for key, value in found[1].items():
+            same(found[0][key], value, key)
+
+
+def test_nothing_is_read_back_from_the_device(tokenizer, monkeypatch):
+    """On the meta device every read (item, tolist, nonzero, an index by mask) is an error. Ids that lie there are
+    read once, mask included."""
+    model, host, calls = make_model("llama", tokenizer).to("meta").train(), pad_rows(random_rows(2)), []
     device = tuple(tensor.to("meta") for tensor in host)
-    to_host = lambda self: calls.append(1) or next(h for h, d in zip(host, device) if d is self)
+    to_host = lambda self: calls.append(1) or next((h for h, d in zip(host, device) if d is self), self)
     monkeypatch.setattr(torch.Tensor, "cpu", to_host)
-    for model.loss_on in ("tokens", "end"):
+    for batch, model.loss_on in itertools.product((host, device), ("tokens", "end")):
         calls.clear()
-        assert model(*device)["loss"].device.type == "meta" and len(calls) == 2  # ids and mask
-        assert model.forward_value(*device, return_value_only=True).device.type == "meta"
+        loss = model(*batch)["loss"]
+        loss.backward()
+        assert loss.device.type == "meta" and len(calls) == 2
+        assert model.forward_value(*batch, prompt_length=2)["chosen_end_scores"].device.type == "meta"
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations_per_layer(build, batch, share):
+    """What one layer more dispatches, forward and backward, with the blocks of an accelerator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(critic, "block_of", ON_A_GPU)
+        counts = []
+        for layers in (1, 2):
+            model, passes = build(layers).train(), (Operations(), Operations())
+            model.share_prefix = share
+            with passes[0]:
+                loss = model(*batch)["loss"]
+            with passes[1]:
+                loss.backward()
+            counts.append([each.count for each in passes])
+    return [two - one for one, two in zip(*counts)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_operations_do_not_grow_with_the_pairs(name, tokenizer):
+    """Prompts of 60 tokens, responses of 10 to 100: fewer launches than two padded batches have."""
+    build = lambda n: make_model(
+        name, tokenizer, **({"n_layer": n} if name == "gpt2" else {"num_hidden_layers": n})
+    )
+    found = {}
+    for pairs, share in ((8, True), (48, True), (8, False)):
+        rng, ids = random.Random(0), lambda n: [rng.randrange(2, 80) for _ in range(n)]
+        rows = [
+            prompt + [side] + ids(rng.randint(9, 99))
+            for side in (81, 82)
+            for prompt in map(ids, [60] * pairs)
+        ]
+        found[pairs, share] = operations_per_layer(build, pad_rows(rows), share)
+    for few, many, padded in zip(*found.values()):
+        assert few == many < 2 * padded
+
+
+def test_compiling_ends_after_two_batches(tokenizer):
+    """The second brings dynamic shapes; from then on nothing recompiles, whatever the lengths."""
+    from torch._dynamo.utils import counters
+
+    model, graphs = make_model("llama", tokenizer), []
+    compiled = torch.compile(model, backend="eager")
+    for seed in range(4):
+        ids, mask = pad_rows(random_rows(seed, B=4), extra=0)
+        same(compiled(ids, mask)["loss"], model(ids, mask)["loss"])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] == graphs[3]
 
 
 # ---- the content of a row, and the loss ----
@@ -426,6 +514,13 @@ def test_padding_is_only_a_way_to_write_a_row(case, masked, tokenizer):
         assert not values["values"][mask == 0].any()  # 0 at padding
         ends, content = values["chosen_end_scores"], values["values"][mask == 1]
         results.append([*model(ids, mask if masked else None).values(), ends, content])
+    if masked:  # the same with holes, as between a prompt that is padded right and its response
+        at = torch.arange(ids.size(1)).repeat_interleave(torch.tensor([1, 2] * ids.size(1))[: ids.size(1)])
+        hole = at.diff(prepend=at[:1] - 1) == 0
+        ids, mask = ids[:, at].masked_fill(hole, 7), mask[:, at].masked_fill(hole, 0)
+        values = model.forward_value(ids, mask, prompt_length=2)
+        ends, content = values["chosen_end_scores"], values["values"][mask == 1]
+        results.append([*model(ids, mask).values(), ends, content])
     for a, b in itertools.product(results[:1], results[1:]):
         assert all(same(x, y) is None for x, y in zip(a, b, strict=True))
 
