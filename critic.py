@@ -57,8 +57,7 @@ def align(
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: pass (rows, tokens)")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        shapes = f"{tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
-        raise ValueError(f"attention_mask has shape {shapes}: pass the same shape")
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: pass that of input_ids")
     ids, t = input_ids.cpu().long(), torch.arange(input_ids.size(1))
     if attention_mask is not None:
         content = attention_mask.cpu().bool()  # (R, T)
@@ -142,6 +141,11 @@ class RewardModel(nn.Module):
         super().__init__()
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad_token_id: set tokenizer.pad_token, not to EOS")
+        check_decoder(base_model.config, type(base_model).__name__)
+        if isinstance(base_model, PreTrainedModel) and base_model.base_model is not base_model:
+            raise ValueError(
+                f"{type(base_model).__name__} has a head: pass its base_model, as AutoModel loads it"
+            )
         self.config = base_model.config
         self.PAD_ID = tokenizer.pad_token_id
         self.num_padding_at_beginning = num_padding_at_beginning
@@ -153,12 +157,14 @@ class RewardModel(nn.Module):
         # Moves with the model and tells its device; under ZeRO-3 with offload the parameters lie on the CPU.
         self.register_buffer("on_device", torch.empty(0, device=base_model.device), persistent=False)
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(self, options: dict[str, Any] | None = None, **others: Any) -> None:
         # The reentrant kind loses every gradient where embeddings are frozen.
-        self.rwtransformer.gradient_checkpointing_enable({"use_reentrant": False})
+        self.rwtransformer.gradient_checkpointing_enable(options or {"use_reentrant": False}, **others)
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.rwtransformer.gradient_checkpointing_disable()
+    def __getattr__(self, name: str) -> Any:
+        if "_checkpointing_" in name:  # what transformers 6 calls it, and the methods that turn it off
+            return getattr(self.rwtransformer, name)
+        return super().__getattr__(name)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False, **others: None
@@ -223,7 +229,14 @@ class RewardModel(nn.Module):
         return {"values": values, "chosen_end_scores": rewards.gather(1, last).squeeze(1)}
 
     def _align(self, input_ids: Tensor, attention_mask: Tensor | None, **others: None) -> tuple[Tensor, ...]:
-        if given := [name for name, value in others.items() if value is not None]:
+        harmless = (
+            "return_dict",
+            "num_items_in_batch",
+        )  # trainers pass these by themselves, others as None or False
+        given = [
+            name for name, x in others.items() if x is not None and x is not False and name not in harmless
+        ]
+        if given:
             raise ValueError(f"{', '.join(given)}: not supported, leave it out")
         return align(input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning)
 
@@ -242,52 +255,85 @@ class RewardModel(nn.Module):
         return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
+def check_decoder(config: PretrainedConfig, name: str) -> None:
+    masked_lm = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if config.is_encoder_decoder or masked_lm or not attends_causally(config):
+        raise ValueError(f"{name} is a {config.model_type} model: a critic needs a causal decoder")
+    if config.get_text_config(decoder=True) is not config:
+        raise ValueError(f"{name} is multimodal: pass its text decoder, such as model.language_model")
+
+
 def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """transformers' `...ForSequenceClassification` of a family, made of its parts where there is none."""
-    theirs = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    if theirs is None:
+    hf_class = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if hf_class is None:
         base = transformers.MODEL_MAPPING[type(config)].__base__  # GranitePreTrainedModel, ...
         name = base.__name__.replace("PreTrainedModel", "ForSequenceClassification")
-        theirs = type(name, (GenericForSequenceClassification, base), {})
-        warnings.warn(f"transformers has no {name}: what is saved, create_critic_model alone will read")
-    return theirs
+        # transformers looks into the module of a class, to see how it calls its experts.
+        hf_class = type(name, (GenericForSequenceClassification, base), {"__module__": base.__module__})
+        warnings.warn(f"transformers has no {name}: only create_critic_model will read what is saved")
+    return hf_class
+
+
+# How others name what is `score` here: DeepSpeed-Chat, OpenRLHF, UltraRM and Eurus, PKU Beaver.
+HEADS = "v_head|value_head|regression_head|score_head"
+# Folders that hold no model: a file that tells, and what the folder is.
+NO_MODEL = {
+    "adapter_config.json": "is a PEFT adapter: merge it into its base model (merge_and_unload) and save that",
+    "*model_states.pt": "is a DeepSpeed checkpoint: pass the folder that save_critic_model wrote, or --resume",
+}
 
 
 def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
-    """Backbone and head in one piece: the file is mapped, and nothing initialised that it then overwrites.
-    `trained`: a reward checkpoint, of which every key must fit; else a base model, which lacks the head."""
-    theirs = reward_class(config)
-    prefix = theirs.base_model_prefix
+    """Backbone and head in one piece, memory-mapped; nothing is initialised that the file then overwrites.
+    `trained`: a reward checkpoint, whose keys must all fit; else a base model, which lacks the head."""
+    hf_class = reward_class(config)
+    prefix = hf_class.base_model_prefix
 
     def init(self, config: PretrainedConfig) -> None:
-        theirs.__init__(self, config)
-        self.base_model_prefix = ""  # transformers 4.57 cannot rename and add a prefix: below is both
+        hf_class.__init__(self, config)
+        # transformers 4.57 adds the prefix only to keys that `key_mapping` did not rename. Without a prefix it adds
+        # none, and `key_mapping` alone decides.
+        self.base_model_prefix = ""
 
-    renamed = {
+    key_mapping = {
+        r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": f"{prefix}.",  # a multimodal model's decoder
         r"^rwtra(?:nsformer|nrsformer)\.": f"{prefix}.",  # DeepSpeed-Chat's name, and its older spelling
-        rf"^(?:v_head|{getattr(config, 'value_head_prefix', 'v_head')})\.": "score.",  # OpenRLHF's name
+        rf"^(?:{HEADS}|{getattr(config, 'value_head_prefix', 'v_head')})\.": "score.",
         rf"^(?!{prefix}\.|score\.)(.+)": rf"{prefix}.\1",  # a decoder that was saved by itself
     }
-    options = {"key_mapping": renamed, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options = {"key_mapping": key_mapping, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        loader = type(theirs.__name__, (theirs,), {"__init__": init})
+        loader = type(hf_class.__name__, (hf_class,), {"__init__": init, "__module__": hf_class.__module__})
         model, info = loader.from_pretrained(path, config=config, dtype=dtype, **options)
     except Exception as error:  # each format has its own
-        raise ValueError(f"the weights in {path} cannot be read, fetch them again: {error}") from error
+        raise ValueError(f"the weights in {path} cannot be read, download them again: {error}") from error
     model.base_model_prefix = prefix
-    kinds = "missing", "unexpected", "mismatched"
-    problems = [f"{kind} {key}" for kind in kinds for key in info[f"{kind}_keys"]]
-    fresh = "missing score.weight" in problems
-    if not trained:  # any head falls away, the language model's and an older one
-        problems = [p for p in problems if not p.startswith("unexpected") and "score.weight" not in p]
-        if not fresh:
-            warnings.warn(f"{path} has a head, which a fresh one replaces: rlhf_training=True keeps it")
     # Causal masks, which transformers once saved with GPT-2, GPT-J, GPT-Neo and GPT-BigCode.
-    masks = r"^unexpected.*\.attn(\.attention)?\.(masked_)?bias$"
-    problems = [p for p in problems if not re.search(masks, p)]
-    if problems:
+    masks = r".*\.attn(\.attention)?\.(masked_)?bias$"
+    unexpected = [
+        key.removeprefix(f"{prefix}.") for key in info["unexpected_keys"] if not re.match(masks, key)
+    ]
+    missing, mismatched = list(info["missing_keys"]), [str(key) for key in info["mismatched_keys"]]
+    no_head, hint = "score.weight" in missing, ""
+    if not trained:  # other weights are dropped: a vision tower, the language model's head, a value head
+        if not no_head:
+            warnings.warn(f"the value head of {path} is reinitialised: rlhf_training=True keeps it")
+        unexpected = []
+        missing, mismatched = (
+            [key for key in keys if "score.weight" not in key] for keys in (missing, mismatched)
+        )
+    elif any(key.startswith("score.") for key in unexpected):
+        hint = "; a critic's head is one row without a bias (here called score): this one cannot be loaded"
+    elif no_head and [key for key in unexpected if not re.match("lm_head|embed_out|.*embed_positions", key)]:
+        hint = "; if one of these is the head, rename its key to score.weight, of shape (1, hidden_size)"
+    elif no_head:
         hint = "; without a value head it looks like a base model: train it first (rlhf_training=False)"
-        raise ValueError(f"the weights in {path} do not fit: {'; '.join(problems)}{hint if fresh else ''}")
+    kinds = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
+    if problems := [
+        f"{kind} {', '.join(keys[:5])}" + ", ..." * (len(keys) > 5) for kind, keys in kinds.items() if keys
+    ]:
+        raise ValueError(f"the weights in {path} do not fit: {'; '.join(problems)}{hint}")
     return model
 
 
@@ -303,11 +349,19 @@ def override_dropout(config: PretrainedConfig, dropout: float) -> None:
 
 
 def read_config(path: str, dropout: float | None) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(path, num_labels=1)
-    decoder = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
-    both_ways = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or not attends_causally(config)
-    if both_ways or not decoder:
-        raise ValueError(f"{path} is a {config.model_type} model: a critic needs a causal decoder")
+    for pattern, what in NO_MODEL.items():
+        if any(Path(path).glob(pattern)):
+            raise ValueError(f"{path} {what}")
+    given = AutoConfig.from_pretrained(
+        path, trust_remote_code=False
+    )  # custom code is an error, never a question
+    # The text decoder of a multimodal model is a critic like any other.
+    config = given if given.is_encoder_decoder else given.get_text_config(decoder=True)
+    decoder = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or config is not given
+    if not decoder or type(config) not in transformers.MODEL_MAPPING:
+        raise ValueError(f"{path} is a {given.model_type} model: a critic needs a causal decoder")
+    check_decoder(config, path)
+    config.num_labels = 1
     if dropout is not None:
         override_dropout(config, dropout)
     return config
@@ -338,8 +392,11 @@ def create_critic_model(
     Raises ValueError: names the argument, file or key at fault and the remedy. OSError: no such folder or id.
     """
     sections = {name: (ds_config or {}).get(name) or {} for name in ("bf16", "fp16", "zero_optimization")}
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = next((dtypes[name] for name in dtypes if sections[name].get("enabled") is True), torch.float32)
+    dtype = torch.float32
+    for name, half in {"bf16": torch.bfloat16, "fp16": torch.float16}.items():
+        if (enabled := sections[name].get("enabled", False)) not in (True, False):
+            raise ValueError(f'{name} in ds_config has "enabled": {enabled!r}: write true or false')
+        dtype = half if enabled else dtype
     stage = sections["zero_optimization"].get("stage", 0)
     if zero_stage not in (0, stage):
         raise ValueError(f"zero_stage is {zero_stage}, the stage in ds_config {stage}: leave zero_stage out")
@@ -347,64 +404,83 @@ def create_critic_model(
     if rlhf_training and len(tokenizer) > config.vocab_size:
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the checkpoint {config.vocab_size}"
         raise ValueError(f"{sizes}: use the tokenizer saved in {model_name_or_path}")
-    if stage == 3:
-        import deepspeed
-
-        deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # where rank 0 sends to
     load = load_for_zero3 if stage == 3 else load_weights
-    theirs = load(model_name_or_path, config, dtype, rlhf_training)
+    hf_model = load(model_name_or_path, config, dtype, rlhf_training)
     if len(tokenizer) > config.vocab_size:
-        theirs.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
-    model = RewardModel(theirs.base_model, tokenizer, num_padding_at_beginning, compute_fp32_loss)
+        hf_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
+    model = RewardModel(hf_model.base_model, tokenizer, num_padding_at_beginning, compute_fp32_loss)
     if rlhf_training:
-        model.v_head.weight = theirs.score.weight
+        model.v_head.weight = hf_model.score.weight
     model.config.pad_token_id = tokenizer.pad_token_id
     if stage == 3:
-        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": sections["zero_optimization"]}
-        deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
-        for buffer in model.buffers():  # which it leaves where they are
-            buffer.data = buffer.to(deepspeed.get_accelerator().current_device_name())
+        partition(model, sections["zero_optimization"])
     return model
 
 
+def on_rank_0(run: Callable[[], Any]) -> Any:
+    """What `run()` returns on rank 0, on every rank; an error there is raised on every rank, so that none waits."""
+    outcome = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = run()
+        except (Exception, SystemExit) as error:
+            outcome[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
 def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | os.PathLike) -> None:
-    """Write the critic as transformers' `AutoModelForSequenceClassification` reads it; so do TRL and vLLM.
+    """Write the critic as transformers' `AutoModelForSequenceClassification` reads it; TRL and vLLM read it too.
 
-    Every rank calls it; under ZeRO-3 parameters are gathered one by one, and rank 0 alone writes. The folder
-    is written beside its place and moved in, the weights last: what `output_dir` held stays whole until then.
-    `model` is a RewardModel or the DeepSpeed engine around it, at any ZeRO stage.
+    Every rank calls it; under ZeRO-3 parameters are gathered one by one, and rank 0 alone writes. The files are
+    written to a staging directory in `output_dir` and moved, the weights last: an older critic stays whole until
+    then. `model` is a RewardModel or the DeepSpeed engine around it, at any ZeRO stage.
 
-    Raises OSError, on rank 0 alone: `output_dir` cannot be written. ValueError: a class with another head.
+    Raises on every rank: OSError, `output_dir` cannot be written; ValueError, the model has other keys.
     """
     model = getattr(model, "module", model)
     config = copy.deepcopy(model.config)
     config.num_labels, config.pad_token_id = 1, model.PAD_ID
-    with torch.device("meta"):  # a shell knows names, shards and config, and holds no data
-        shell = reward_class(config)(config).to(model.rwtransformer.dtype)
+    config.problem_type = "regression"  # else transformers' pipeline returns the sigmoid of the score
+    with torch.device("meta"):  # a template knows names, shards and config, and holds no data
+        template = reward_class(config)(config).to(model.rwtransformer.dtype)
+    state, names = (
+        model.state_dict(keep_vars=True),
+        {"rwtransformer": template.base_model_prefix, "v_head": "score"},
+    )
+    state = {
+        re.sub(r"^\w+", lambda match: names.get(match[0], match[0]), key): value
+        for key, value in state.items()
+    }
+    if differing := sorted(state.keys() ^ template.state_dict().keys()):
+        remedy = {"lora_": "merge the adapters first (merge_and_unload)", "_orig_mod": "pass model._orig_mod"}
+        remedy = next(
+            (remedy[part] for part in remedy if part in str(differing)), "these keys are surplus or missing"
+        )
+        raise ValueError(f"not saved as {type(template).__name__}: {remedy}: {', '.join(differing[:4])}")
     gather = contextlib.nullcontext
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         from deepspeed.runtime.zero import GatheredParameters as gather
-    writes, state = not dist.is_initialized() or dist.get_rank() == 0, {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        name = name.replace("rwtransformer", shell.base_model_prefix, 1).replace("v_head", "score", 1)
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    for key, value in state.items():
         with gather([value]):
-            state[name] = value.detach().to("cpu", copy=True) if writes else None
-    if state.keys() != shell.state_dict().keys():
-        raise ValueError(f"{type(shell).__name__} has another head than one linear layer `score`: not saved")
-    if writes:
-        write_folder(Path(output_dir), shell, state, tokenizer)
-    if dist.is_initialized():
-        dist.barrier()
+            state[key] = value.detach().to("cpu", copy=True) if writes else None
+    on_rank_0(lambda: write_folder(Path(output_dir), template, state, tokenizer))
 
 
-def write_folder(final: Path, shell: PreTrainedModel, state: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    beside = final / ".writing"
+def write_folder(
+    final: Path, template: PreTrainedModel, state: dict[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    staging = final / ".writing"
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        shell.save_pretrained(beside, state_dict=state)
+        shutil.rmtree(staging, ignore_errors=True)
+        template.save_pretrained(staging, state_dict=state)
         tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else one set later is not saved
-        tokenizer.save_pretrained(beside)
-        new = sorted(beside.iterdir(), key=lambda file: (".safetensors" in file.name, file.name))
+        tokenizer.save_pretrained(staging)
+        new = sorted(staging.iterdir(), key=lambda file: (".safetensors" in file.name, file.name))
         for file in new:
             os.replace(file, final / file.name)
         # What an earlier model left would be read instead of these files, or with them.
@@ -414,21 +490,28 @@ def write_folder(final: Path, shell: PreTrainedModel, state: dict[str, Tensor], 
             if re.fullmatch(older, name):
                 (final / name).unlink()
     except Exception as error:  # safetensors has an error of its own for a full disk
-        raise OSError(f"{final} cannot be written, free or change the place ({error})") from error
+        raise OSError(f"{final} cannot be written, free space or pass another folder ({error})") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ---- chapter 2: the prefix tree ----
 
-# Families where the tests saw the tree equal to a padded batch: all layers are causal attention over given
-# positions, full or in a window, through transformers' AttentionInterface. Others run padded batches, as wrong
-# is worse than slow: ALiBi counts columns (BLOOM, MPT, Falcon); attention is local, linear or their own
-# (GPT-Neo, GPT-J, Falcon, StableLM, Qwen3-Next); sdpa cannot soft-cap scores (Gemma 2).
-TREE_FAMILIES = {
-    "opt", "gpt2", "gpt_bigcode", "gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3",
-    "gemma", "gemma3_text", "phi", "phi3", "olmo2", "starcoder2", "deepseek_v3", "granite", "cohere",
-}  # fmt: skip
+# Families where a test saw the tree equal to a padded batch: all layers are causal attention over given positions,
+# full or in a window, through transformers' AttentionInterface. Others run padded batches, as wrong is worse than
+# slow: ALiBi counts columns (BLOOM, MPT, Falcon); attention is local, chunked, linear, indexed or the family's own
+# (GPT-Neo, Llama 4, Qwen3-Next, GPT-J); sdpa has no sinks and cannot soft-cap scores (GPT-OSS, Gemma 2).
+TREE_FAMILIES = set(
+    """
+    afmoe apertus arcee aria_text axk1 bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 diffllama dots1
+    ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe
+    glm4_moe_lite gpt2 gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
+    hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama longcat_flash mellum minicpm3 minimax_m2
+    ministral ministral3 mistral mixtral modernbert-decoder moshi nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3
+    qwen2 qwen2_moe qwen2_vl_text qwen2_5_vl_text qwen3 qwen3_moe qwen3_vl_text qwen3_vl_moe_text seed_oss smollm3
+    solar_open starcoder2 youtu
+    """.split()
+)
 TREE_ATTENTION = "prefix_tree"  # the name of `tree_attention` in transformers' registry
 
 
@@ -563,7 +646,12 @@ class PrefixTree:
 
 @torch.compiler.disable  # its shapes differ from batch to batch
 def tree_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention, the only place where tokens meet: the queries of a row over the keys of its path.
 
@@ -576,8 +664,9 @@ def tree_attention(
     """
     tree = options.pop("tree", None)
     if tree is None:
-        return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
-    window = options.get("sliding_window") or getattr(module, "sliding_window", None)  # Qwen2-MoE passes none
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
+    # Qwen2-MoE passes no window; a full layer of EXAONE 4 passes None, whatever its module holds.
+    window = options.get("sliding_window", getattr(module, "sliding_window", None))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads or KV heads, D)
     heads, kv_heads, outputs = query.size(1), key.size(1), []
     settings = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
@@ -600,22 +689,33 @@ transformers.AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)  # for p
 
 
 def load_for_zero3(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
-    """The same on rank 0; elsewhere memory that its weights are sent into as ZeRO-3 partitions them. Rank 0
-    tells the others what is wrong: a bad key is an error on every rank, and never a hang."""
-    model, told = None, [None, {}]  # rank 0's error, its buffers
-    if dist.get_rank() == 0:
-        try:
-            model = load_weights(path, config, dtype, trained)
-            told[1] = dict(model.named_buffers())
-        except ValueError as error:
-            told[0] = error
-    dist.broadcast_object_list(told)
-    if told[0] is not None:
-        raise told[0]
-    if model is None:
-        with torch.device("meta"):
-            model = reward_class(config)(config).to(dtype).eval()  # as `from_pretrained` leaves it
-        model.to_empty(device="cpu")  # untouched, so that it takes no memory yet
-        for name, buffer in model.named_buffers():
-            buffer.data = told[1][name]
+    """`load_weights` on rank 0; on the others memory that its weights are sent into as ZeRO-3 partitions them."""
+    if not dist.is_initialized():
+        raise ValueError(
+            "ZeRO stage 3 partitions over ranks: start with deepspeed and call deepspeed.init_distributed()"
+        )
+    loaded = []
+    buffers = on_rank_0(
+        lambda: loaded.append(load_weights(path, config, dtype, trained)) or dict(loaded[0].named_buffers())
+    )
+    if loaded:
+        return loaded[0]
+    with torch.device("meta"):
+        model = reward_class(config)(config).to(dtype).eval()  # as `from_pretrained` leaves it
+    model.to_empty(device="cpu")  # untouched, so that it takes no memory yet
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name]
     return model
+
+
+def partition(model: RewardModel, zero_optimization: dict[str, Any]) -> None:
+    """Partition the parameters over the ranks, as rank 0 holds them."""
+    import deepspeed
+
+    accelerator = deepspeed.get_accelerator()
+    if "LOCAL_RANK" in os.environ:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))  # where rank 0 sends to
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero_optimization}
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=model.rwtransformer.dtype)
+    for buffer in model.buffers():  # which it leaves where they are
+        buffer.data = buffer.to(accelerator.current_device_name())

@@ -19,7 +19,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
@@ -33,7 +34,7 @@ from pydantic import BaseModel, Field, model_validator
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, logging, set_seed
 
-from critic import Tokenizer, create_critic_model, save_critic_model
+from critic import Tokenizer, create_critic_model, on_rank_0, save_critic_model
 
 Pairs = list[dict[str, Any]]  # where, prompt: texts; chosen, rejected: token ids
 
@@ -174,9 +175,37 @@ def in_order(pairs: Pairs, seed: int) -> Pairs:
     return sorted(pairs, key=lambda pair: random.Random(f"{seed} {pair['prompt']}").random())
 
 
-def collate(pairs: Pairs, tokenizer: Tokenizer, device: torch.device) -> dict[str, torch.Tensor]:
+def count_nodes(pairs: Pairs) -> int:
+    """Tokens that the critic computes for these pairs: each distinct (prefix, token) once."""
+    rows = sorted(pair[side] for pair in pairs for side in ("chosen", "rejected"))
+    return sum(map(len, rows)) - sum(len(os.path.commonprefix(two)) for two in zip(rows, rows[1:]))
+
+
+def deal(pairs: Pairs, ranks: int) -> list[Pairs]:
+    """Give each rank the same number of pairs and about as many tokens, since all wait for the fullest. Prompts
+    go to the emptiest rank, the largest first; the pairs of a prompt stay together where they fit."""
+    dealt, loads, size, prompts = (
+        [[] for _ in range(ranks)],
+        [0] * ranks,
+        len(pairs) // ranks,
+        defaultdict(list),
+    )
+    for pair in pairs:
+        prompts[pair["prompt"]].append(pair)
+    for group in sorted(prompts.values(), key=count_nodes, reverse=True):
+        while group:
+            room = [size - len(part) for part in dealt]
+            rank = min((r for r in range(ranks) if room[r]), key=lambda r: (room[r] < len(group), loads[r]))
+            part, group = group[: room[rank]], group[room[rank] :]
+            dealt[rank] += part
+            loads[rank] += count_nodes(part)
+    return dealt
+
+
+def collate(pairs: Pairs, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
+    """(2B, T) each, on the CPU: the model removes padding there and sends the rest to its device."""
     rows = [{"input_ids": pair[side]} for side in ("chosen", "rejected") for pair in pairs]
-    return DataCollatorWithPadding(tokenizer)(rows).to(device)  # (2B, T) each
+    return dict(DataCollatorWithPadding(tokenizer)(rows))
 
 
 def demonstration(folder: str, seed: int) -> str:
@@ -252,7 +281,7 @@ def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dic
     for at in bar(range(0, len(pairs), size * ranks), desc="evaluating", delay=2, leave=False):
         mine = slice(at + rank * size, at + (rank + 1) * size)
         # Under ZeRO-3 every rank must take part in every forward: one without a share repeats a pair in vain.
-        output = engine(**collate(pairs[mine] or pairs[:1], tokenizer, engine.device))
+        output = engine(**collate(pairs[mine] or pairs[:1], tokenizer))
         for result, name in zip(results, ("loss", "chosen_mean_scores", "rejected_mean_scores")):
             result[mine] = output[name].double()
     dist.all_reduce(results)
@@ -272,7 +301,7 @@ def show_rewards(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) ->
     style = "\033[4{0}m{1}\033[0m" if sys.stdout.isatty() else "{1}({2:+.1f})"
     pairs = list({pair["prompt"]: pair for pair in pairs}.values())[:2]
     for pair, side in itertools.product(pairs, ("chosen", "rejected")):
-        ids, words = torch.tensor([pair[side]], device=engine.device), []
+        ids, words = torch.tensor([pair[side]]), []
         rewards = engine.module.forward_value(ids, torch.ones_like(ids), return_value_only=True)[0].tolist()
         parting = len(os.path.commonprefix([pair["chosen"], pair["rejected"]]))
         texts = [tokenizer.decode(pair[side][:t]) for t in range(parting, len(rewards) + 1)]
@@ -291,12 +320,13 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
     if "OMP_NUM_THREADS" not in os.environ:  # else the ranks of one machine fight for its cores
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))
     logging.set_verbosity_error()  # of transformers, which would warn that a fresh head is fresh
-    deepspeed.init_distributed()
+    deepspeed.init_distributed(timeout=timedelta(hours=6))  # rank 0 may write 140 GB to a slow disk meanwhile
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # one rank tells
     folder, path = Path(args.output_dir), args.deepspeed_config
-    found = [name for name in ("metrics.jsonl", "checkpoints", "config.json") if (folder / name).exists()]
-    can_resume = args.resume and ("config.json" not in found or any(folder.glob("checkpoints/step-*")))
+    names = "metrics.jsonl", "checkpoints", "config.json"
+    found = on_rank_0(lambda: [name for name in names if (folder / name).exists()])
+    can_resume = args.resume and ("config.json" not in found or newest_checkpoint(folder))
     if args.num_train_epochs and found and not can_resume:
         refuse(f"{folder} holds {', '.join(found)}: pass another --output_dir, or --resume a run")
     with blame(f"--deepspeed_config {path}: pass JSON for DeepSpeed, with an optimizer, like ds_config.json"):
@@ -315,15 +345,18 @@ def open_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, pa
     decides = {f"--{name}": getattr(args, name) for name in flags}
     decides |= {f"{name} in the DeepSpeed config": value for name, value in config.items()}
     decides |= {"the data": sha256(data.encode()).hexdigest(), "the number of ranks": dist.get_world_size()}
-    folder, file, written = Path(args.output_dir), io.StringIO(), 0
-    if dist.get_rank() == 0:
+    folder, files = Path(args.output_dir), []
+
+    def lock() -> None:
         with blame(f"--output_dir {folder}: cannot be written, pass another"):
             folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        with blame(f"{file.name}: another run is writing here, end its processes first"):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ranks may outlive their launcher
-    dist.barrier()
-    if newest := max(folder.glob("checkpoints/step-*"), default=None):
+            files.append((folder / "metrics.jsonl").open("a", encoding="utf-8"))
+        with blame(f"{files[0].name}: another run is writing here, end its processes first"):
+            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # ranks may outlive their launcher
+
+    on_rank_0(lock)
+    file, written = files[0] if files else io.StringIO(), 0
+    if newest := newest_checkpoint(folder):
         with blame(f"{newest}: cannot be read, delete it to go on from the one before"):
             before, written = json.loads((newest / "run.json").read_text())
             if changed := [name for name in before | decides if before.get(name) != decides.get(name)]:
@@ -334,15 +367,36 @@ def open_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, pa
     return decides, file
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """As rank 0 sees it: a shared disk may show other ranks an older listing."""
+    return on_rank_0(lambda: max(folder.glob("checkpoints/step-*"), default=None))
+
+
 def save_checkpoint(engine: DeepSpeedEngine, folder: Path, decides: dict, file: IO[str]) -> None:
     """Write a DeepSpeed checkpoint, name it when it is whole, and drop all but the newest two."""
+    errors, save = [], engine.checkpoint_engine.save
+
+    def save_or_note(*args: Any, **options: Any) -> None:
+        try:
+            save(*args, **options)
+        except Exception as error:  # raised below, on every rank: here the others would wait in a barrier
+            errors.append(str(error))
+
+    def finish() -> None:
+        if failed := list(filter(None, everyones)):
+            raise OSError(failed[0])
+        (folder / "unfinished" / "run.json").write_text(json.dumps([decides, file.tell()]))
+        os.replace(folder / "unfinished", folder / f"step-{engine.global_steps:09d}")
+        for old in sorted(folder.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
     with blame(f"{folder}: a checkpoint cannot be written, the older ones are whole"):
+        on_rank_0(lambda: (folder / "unfinished").mkdir(parents=True, exist_ok=True))
+        engine.checkpoint_engine.save = save_or_note
         engine.save_checkpoint(str(folder), "unfinished", save_latest=False)
-        if dist.get_rank() == 0:  # the engine has waited for every rank
-            (folder / "unfinished" / "run.json").write_text(json.dumps([decides, file.tell()]))
-            os.replace(folder / "unfinished", folder / f"step-{engine.global_steps:09d}")
-            for old in sorted(folder.glob("step-*"))[:-2]:
-                shutil.rmtree(old)
+        engine.checkpoint_engine.save, everyones = save, [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, " ".join(errors))
+        on_rank_0(finish)
 
 
 def log(engine: DeepSpeedEngine, file: IO[str], metrics: dict[str, Any]) -> None:
@@ -353,19 +407,29 @@ def log(engine: DeepSpeedEngine, file: IO[str], metrics: dict[str, Any]) -> None
         print(f"\nstep {step}: {', '.join(f'{name} {m:.4g}' for name, m in metrics.items())}", flush=True)
 
 
-def take_step(engine: DeepSpeedEngine, loss: torch.Tensor) -> float | None:
-    """`engine.step()`, and the gradient's norm before clipping; NaN, and no step, where it or the loss is not
-    finite; None where fp16 skips a step to find its loss scale."""
-    norm, last = None, engine.is_gradient_accumulation_boundary()
-    if last and isinstance(engine.optimizer, torch.optim.Optimizer):  # elsewhere DeepSpeed looks, and skips
+def take_step(engine: DeepSpeedEngine) -> float | None:
+    """`engine.step()`, and the gradient's norm before clipping; NaN, and no step, where it is not finite; None
+    where fp16 skips a step to find its loss scale."""
+    norm = None
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # float32 at ZeRO 0; others look by themselves
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
-    if not loss.isfinite() or not math.isfinite(norm or 0):
-        return math.nan
+        if not math.isfinite(norm):
+            return norm
     engine.step()
-    if last and not engine.was_step_applied():  # fp16 skips steps to find its loss scale
+    if not engine.was_step_applied():  # fp16 skips steps to find its loss scale
         return None if engine.fp16_enabled() and engine.dynamic_loss_scale() else math.nan
-    return float(engine.get_global_grad_norm() or 0) if norm is None else norm
+    return norm if norm is not None else float(engine.get_global_grad_norm() or 0)
+
+
+def stop(message: str, suspects: Pairs, output_dir: Path) -> NoReturn:
+    """End the run on every rank with one message, which names up to 8 of the suspect rows of all ranks."""
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, [pair["where"] for pair in suspects])
+    rows = sum(everyones, [])
+    rows = ", ".join(rows[:8]) + f" and {len(rows) - 8} more" * (len(rows) > 8)
+    newest = newest_checkpoint(output_dir) or "none, see --save_interval"
+    refuse(f"{message}: see {rows}, or lower the learning rate; last checkpoint: {newest}")
 
 
 def main() -> None:
@@ -374,7 +438,7 @@ def main() -> None:
     rank, ranks, output_dir = dist.get_rank(), dist.get_world_size(), Path(args.output_dir)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, model, train_pairs, eval_pairs = prepare(args, ds_config, folder)
-    share, count = micro * accumulation, micro * accumulation * ranks  # pairs of a rank, of all, in a step
+    count = micro * accumulation * ranks  # pairs of a step
     epoch_steps = len(train_pairs) // count
     total_steps = args.num_train_epochs * epoch_steps
     if args.num_train_epochs and not epoch_steps:
@@ -396,29 +460,34 @@ def main() -> None:
     progress = bar(range(done, total_steps), initial=done, total=total_steps, desc="training")
     for step in progress:
         engine.train()
-        began, sums = time.perf_counter(), torch.zeros(4, dtype=torch.float64, device=engine.device)
-        at = (step % epoch_steps * ranks + rank) * share
-        pairs = shuffled(step // epoch_steps)[at : at + share]
+        began, sums = time.perf_counter(), torch.zeros(5, dtype=torch.float64, device=engine.device)
+        at = step % epoch_steps * count
+        pairs = deal(shuffled(step // epoch_steps)[at : at + count], ranks)[rank]
         for number in range(accumulation):
             # Dropout depends on seed, batch and rank alone: a resumed run draws what the first would have.
             torch.manual_seed(args.seed + (step * accumulation + number) * ranks + rank)
-            rows = pairs[number * micro : (number + 1) * micro]
-            batch = collate(rows, tokenizer, engine.device)
+            batch = collate(pairs[number * micro : (number + 1) * micro], tokenizer)
             output = engine(**batch)
-            loss, margin = output["loss"], output["chosen_mean_scores"] - output["rejected_mean_scores"]
-            engine.backward(loss)
-            learning_rate = engine.get_lr()[0]
-            grad_norm = take_step(engine, loss)
-            if not math.isfinite(grad_norm or 0):
-                newest = max(output_dir.glob("checkpoints/step-*"), default="none, see --save_interval")
-                suspects = ", ".join(row["where"] for row in (pairs if loss.isfinite() else rows))
-                what = f"loss {loss.item()}, its gradient or another rank's is not finite: see {suspects}"
-                refuse(f"step {step + 1}: {what}, or lower the learning rate; last checkpoint: {newest}")
-            parts = loss * micro, (margin.sign() + 1).sum() / 2, margin.sum(), batch["attention_mask"].sum()
-            sums += torch.stack([part.detach().double() for part in parts])
+            loss, margin = (
+                output["loss"].detach(),
+                (output["chosen_mean_scores"] - output["rejected_mean_scores"]).detach(),
+            )
+            engine.backward(output["loss"])
+            if number + 1 < accumulation:
+                engine.step()  # counts the micro-batch; the optimizer steps below
+            parts = ~loss.isfinite(), loss * micro, (margin.sign() + 1).sum() / 2, margin.sum()
+            sums[:4] += torch.stack([part.double() for part in parts])
+            sums[4] += int(batch["attention_mask"].sum())
+        bad = sums[0].clone()
         dist.all_reduce(sums)
-        loss, accuracy, margin, tokens = (sums / count).tolist()
-        seconds = time.perf_counter() - began  # behind `tolist`, which waits for a GPU
+        failed, loss, accuracy, margin, tokens = sums.tolist()  # the only device sync before the optimizer's
+        if failed:
+            stop(f"step {step + 1}: the loss is not finite", pairs if bad else [], output_dir)
+        loss, accuracy, margin, tokens = (x / count for x in (loss, accuracy, margin, tokens))
+        learning_rate, grad_norm = engine.get_lr()[0], take_step(engine)
+        if not math.isfinite(grad_norm or 0):
+            stop(f"step {step + 1}: the gradient is not finite (loss {loss:.4g})", pairs, output_dir)
+        seconds = time.perf_counter() - began
         log(engine, file, {
             "epoch": (step + 1) / epoch_steps, "loss": loss, "accuracy": accuracy, "margin": margin,
             "learning_rate": learning_rate, "grad_norm": grad_norm, "skipped_steps": engine.skipped_steps,
