@@ -31,8 +31,10 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients on Hopper with an e
 
 
 def attends_causally(config: PretrainedConfig) -> bool:
-    bidirectional = getattr(config, "use_bidirectional_attention", None)
-    return getattr(config, "is_causal", True) is not False and not bidirectional  # None means unset
+    bidirectional = getattr(
+        config, "use_bidirectional_attention", None
+    )  # Gemma's "vision" leaves text causal
+    return getattr(config, "is_causal", True) is not False and bidirectional in (None, False, "vision")
 
 
 def align(
@@ -256,8 +258,9 @@ class RewardModel(nn.Module):
 
 
 def check_decoder(config: PretrainedConfig, name: str) -> None:
-    masked_lm = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    if config.is_encoder_decoder or masked_lm or not attends_causally(config):
+    encoders = transformers.MODEL_FOR_MASKED_LM_MAPPING, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    encodes = config.is_encoder_decoder or any(type(config) in mapping for mapping in encoders)
+    if encodes or not attends_causally(config):
         raise ValueError(f"{name} is a {config.model_type} model: a critic needs a causal decoder")
     if config.get_text_config(decoder=True) is not config:
         raise ValueError(f"{name} is multimodal: pass its text decoder, such as model.language_model")
@@ -267,10 +270,12 @@ def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """transformers' `...ForSequenceClassification` of a family, made of its parts where there is none."""
     hf_class = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if hf_class is None:
-        base = transformers.MODEL_MAPPING[type(config)].__base__  # GranitePreTrainedModel, ...
+        decoder = transformers.MODEL_MAPPING[type(config)]
+        base = decoder.__base__  # GranitePreTrainedModel, ...
         name = base.__name__.replace("PreTrainedModel", "ForSequenceClassification")
         # transformers looks into the module of a class, to see how it calls its experts.
-        hf_class = type(name, (GenericForSequenceClassification, base), {"__module__": base.__module__})
+        parts = {"__module__": base.__module__, "base_model_prefix": decoder.base_model_prefix or "model"}
+        hf_class = type(name, (GenericForSequenceClassification, base), parts)
         warnings.warn(f"transformers has no {name}: only create_critic_model will read what is saved")
     return hf_class
 
@@ -357,8 +362,11 @@ def read_config(path: str, dropout: float | None) -> PretrainedConfig:
     )  # custom code is an error, never a question
     # The text decoder of a multimodal model is a critic like any other.
     config = given if given.is_encoder_decoder else given.get_text_config(decoder=True)
-    decoder = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or config is not given
-    if not decoder or type(config) not in transformers.MODEL_MAPPING:
+    mappings = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    decodes = any(type(given) in mapping for mapping in mappings) or "SequenceClass" in str(
+        given.architectures
+    )
+    if not decodes or type(config) not in transformers.MODEL_MAPPING:
         raise ValueError(f"{path} is a {given.model_type} model: a critic needs a causal decoder")
     check_decoder(config, path)
     config.num_labels = 1
