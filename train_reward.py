@@ -87,11 +87,11 @@ def bar(*args: Any, **options: Any) -> tqdm:
 
 
 class Pairs:
-    """Pairs of token ids, 4 bytes per token. An integer reads one pair; a slice, mask or index tensor selects."""
+    """Pairs of token ids, 4 bytes per token. An integer reads a pair; a slice, mask or indices select."""
 
     def __init__(self, paths: list[str], ids: torch.Tensor, table: torch.Tensor) -> None:
         self.paths, self.ids = paths, ids  # ids (tokens,) int32: all texts, end to end
-        # (pairs, 8) int64: path, line, hash of the prompt, its random number, start and end of both texts in ids
+        # (pairs, 8) int64: path, line, hash of the prompt, its random number, start and end of both in ids
         self.table, self.prompts = table, table[:, 2]
 
     def __len__(self) -> int:
@@ -107,10 +107,8 @@ class Pairs:
 
 def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
     """The number and JSON value of each line of a .jsonl[.gz] file, or row of a hub dataset's split."""
-    number, present = 0, None
-    with blame(
-        f"{path}: cannot be read, pass a .jsonl[.gz] file, or pip install datasets to reach a hub's", 80
-    ):
+    found, present = 0, None
+    with blame(f"{path}: cannot be read, pass a .jsonl[.gz] file, or pip install datasets for a hub's", 80):
         if path.endswith((".jsonl", ".jsonl.gz")):
             read = functools.partial(gzip.open if path.endswith(".gz") else open, path, "rb")
             lines, count = read(), sum(1 for _ in read())
@@ -119,25 +117,27 @@ def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
 
             rows = load_dataset(path, split=split)
             lines, count = (json.dumps(row, default=str) for row in rows), len(rows)
-            # Parquet gives all messages the same keys, null where absent. Beside tool calls content may be null.
-            present = lambda item: {key: x for key, x in item.items() if x is not None or key == "content"}
+            # Parquet gives all messages the same keys, null where absent, which a template takes for a value.
+            present = lambda item: {key: value for key, value in item.items() if value is not None}
         for number, line in enumerate(bar(lines, total=count, desc="tokenizing", delay=2), 1):
             if line.strip():
-                with blame(f"{path}:{number}: not JSON in UTF-8, fix or delete the line", 80):
+                with blame(f"{path}:{number}: not JSON in UTF-8, fix or delete the line", 100):
                     row = json.loads(line, object_hook=present)
                     json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate fails here
+                found += 1
                 yield number, row
-    if not number:
+    if not found:
         refuse(f"{path}: no rows, pass a file with one JSON object per line")
 
 
 def check_response(value: Any, where: str) -> str | list[dict[str, Any]]:
     """A text, or a list of messages, whose content the template checks. A message alone is a list of one."""
     value = [value] if isinstance(value, dict) else value
-    is_message = lambda item: isinstance(item, dict) and isinstance(item.get("role"), str)
-    is_content = lambda content: not isinstance(content, int | float)
     talk = isinstance(value, list) and all(
-        is_message(item) and is_content(item.get("content")) for item in value
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and not isinstance(message.get("content"), int | float)
+        for message in value
     )
     if not value or not (talk or isinstance(value, str) and value.strip()):
         found = "a number" if type(value) in (int, float) else json.dumps(value)[:50]
@@ -146,8 +146,8 @@ def check_response(value: Any, where: str) -> str | list[dict[str, Any]]:
 
 
 def check_row(row: Any, where: str) -> tuple[Any, list[list[Any]]]:
-    """A row's prompt or None, and its responses in levels: chosen and rejected, or one level per rank. A response
-    is better than all those of later levels."""
+    """A row's prompt or None, and its responses in levels: chosen and rejected, or one per rank. Each is
+    better than those of later levels."""
     row = row if isinstance(row, dict) else {}
     several = lambda value: isinstance(value, list) and value and isinstance(value[0], str | list)
     groups = [(key, row.get(key)) for key in ("chosen", "rejected")]
@@ -171,8 +171,8 @@ def check_row(row: Any, where: str) -> tuple[Any, list[list[Any]]]:
 
 
 def render(row: Any, where: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[str, str]], bool]:
-    """A row's prompt, which keeps the pairs of one prompt together, its pairs of complete texts, and whether they
-    still need BOS, which a chat template writes itself. Without a prompt it is what the texts begin with, up to
+    """A row's prompt, which keeps the pairs of one prompt together, its complete texts in pairs, and whether
+    they need BOS, which a chat template writes itself. Without a prompt it is what the texts begin with, up to
     HH-RLHF's last turn or a line."""
     prompt, levels = check_row(row, where)
     responses = list(itertools.chain(*levels))
@@ -184,15 +184,15 @@ def render(row: Any, where: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[
         alike = itertools.takewhile(lambda turns: turns.count(turns[0]) == len(turns), zip(*responses))
         common = json.dumps(prompt or [turns[0] for turns in alike])
         write = functools.partial(tokenizer.apply_chat_template, tools=row.get("tools"), tokenize=False)
-        with blame(f"{where}: the tokenizer's chat template fails on these messages", 80):
+        with blame(f"{where}: the tokenizer's chat template fails on these messages", 100):
             texts = [[write((prompt or []) + messages).rstrip() for messages in level] for level in levels]
     pairs = [pair for two in itertools.combinations(texts, 2) for pair in itertools.product(*two)]
     return common, pairs, is_text
 
 
 def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> Pairs:
-    """Pairs of token ids, each text ending with EOS. Identical pairs are dropped and counted, and so are those
-    that are too long: cut at the end, they would train on half a response."""
+    """Pairs of token ids, each text ending with EOS. Identical pairs are dropped and counted, and so are
+    those that are too long: cut at the end, they would train on half a response."""
     ids, table, eos = array("i"), array("q"), tokenizer.eos_token_id
     count, dropped, lost = 0, Counter(), {}
     rows = (
@@ -200,7 +200,7 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
         for file, path in enumerate(paths)
         for line, row in read_rows(path, split)
     )
-    # Batches of about a thousand texts, on which a fast tokenizer uses its threads; all of them need BOS, or none.
+    # A fast tokenizer uses its threads on a batch: about a thousand texts, of which all need BOS or none.
     for (_, bos), group in itertools.groupby(enumerate(rows), lambda item: (item[0] // 500, item[1][-1])):
         batch, starts = [row for _, row in group], {}
         texts = list({text: None for *_, pairs, _ in batch for pair in pairs for text in pair})
@@ -226,11 +226,9 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
                     a, c = (starts[text] for text in pair)
                     table.extend((file, line, prompt, draw, a, a + len(chosen), c, c + len(rejected)))
     for path, seen in lost.items():
-        what = (
-            f'{seen.pop("")} rows have no "prompt" and responses without a common prefix: no question is read'
-        )
+        what = f'{seen.pop("")} rows have no "prompt" and no common prefix, so they train without a question'
         keys = textwrap.shorten(", ".join(seen), 60, placeholder=" ...")
-        print(f'warning: {path}: {what}; rename its key to "prompt"; keys seen: {keys}')
+        print(f'warning: {path}: {what}; rename its key to "prompt"; keys: {keys}')
     counts = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items())) or "none"
     print(f"{', '.join(paths)}: {len(table) // 8} pairs of {count} rows; dropped: {counts}", flush=True)
     if not table:
