@@ -14,29 +14,28 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
+from array import array
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any, NoReturn
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.config import DeepSpeedConfig
-from pydantic import BaseModel, Field, model_validator
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, logging, set_seed
 
 from critic import Tokenizer, create_critic_model, on_rank_0, save_critic_model
-
-Pairs = list[dict[str, Any]]  # where, prompt: texts; chosen, rejected: token ids
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,13 +72,13 @@ def refuse(message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def blame(message: str) -> Any:
+def blame(message: str, width: int = 2000) -> Any:
     """Whatever a library raises inside is told in one line, with the culprit and the remedy before it."""
     try:
         yield
     except Exception as error:
-        why = re.sub(r"For further information visit \S+", "", str(error))  # pydantic's
-        raise SystemExit(f"train_reward.py: error: {message} ({' '.join(why.split())})") from error
+        why = textwrap.shorten(str(error), width, placeholder=" ...")
+        raise SystemExit(f"train_reward.py: error: {message} ({why})") from error
 
 
 def bar(*args: Any, **options: Any) -> tqdm:
@@ -88,91 +87,163 @@ def bar(*args: Any, **options: Any) -> tqdm:
     return tqdm(*args, disable=others, mininterval=pause, maxinterval=max(10, pause), **options)
 
 
-class Message(BaseModel, extra="allow"):  # a chat template may read more
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
+class Pairs:
+    """Pairs of token ids, 4 bytes per token. An integer reads a pair; a slice, mask or indices select."""
+
+    def __init__(self, paths: list[str], ids: torch.Tensor, table: torch.Tensor) -> None:
+        self.paths, self.ids = paths, ids  # ids (tokens,) int32: all texts, end to end
+        # (pairs, 8) int64: path, line, hash of the prompt, its random number, start and end of both in ids
+        self.table, self.prompts = table, table[:, 2]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, at: Any) -> Any:
+        if not isinstance(at, int):
+            return Pairs(self.paths, self.ids, self.table[at])
+        path, line, prompt, _, a, b, c, d = self.table[at].tolist()
+        where, chosen, rejected = f"{self.paths[path]}:{line}", self.ids[a:b].tolist(), self.ids[c:d].tolist()
+        return {"where": where, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-class Row(BaseModel):
-    """A line of data: a prompt and two answers, or more in their order; or whole texts that begin alike."""
-
-    prompt: str | list[Message] | None = None
-    chosen: str | list[Message] | None = None
-    rejected: str | list[Message] | None = None
-    ranked: list[str | list[Message]] | None = Field(None, min_length=2)  # from best to worst
-
-    @model_validator(mode="after")
-    def answers_of_one_kind(self) -> "Row":
-        self.ranked = self.ranked or [self.chosen, self.rejected]
-        if None in self.ranked:
-            raise ValueError("give chosen and rejected, or ranked: [best, ..., worst]")
-        if len({type(text) for text in (self.prompt or self.ranked[0], *self.ranked)}) > 1:
-            raise ValueError("prompt and answers must all be texts, or all be messages: drop an extra prompt")
-        if not all(text.strip() if isinstance(text, str) else text for text in self.ranked):
-            raise ValueError("an answer is empty")
-        return self
-
-
-def read_rows(path: str, split: str) -> list[dict[str, Any]]:
-    """{"where", "prompt", "ranked"} of each line of a .jsonl[.gz] file, or row of a hub dataset's split."""
-    with blame(f"{path}: cannot be read, pass a .jsonl[.gz] file, or pip install datasets to reach a hub's"):
+def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
+    """The number and JSON value of each line of a .jsonl[.gz] file, or row of a hub dataset's split."""
+    found, present = 0, None
+    with blame(f"{path}: cannot be read, pass a .jsonl[.gz] file, or pip install datasets for a hub's", 80):
         if path.endswith((".jsonl", ".jsonl.gz")):
-            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-                lines = file.readlines()
+            read = functools.partial(gzip.open if path.endswith(".gz") else open, path, "rb")
+            lines, count = read(), sum(1 for _ in read())
         else:
             from datasets import load_dataset
 
-            lines = [json.dumps(row, default=str) for row in load_dataset(path, split=split)]
-    rows = []
-    for where, line in ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()):
-        with blame(f"{where}: mend or delete the line"):
-            rows.append({"where": where} | Row.model_validate_json(line).model_dump())
-    if not rows:
-        refuse(f"{path}: no rows, one JSON object a line is needed")
-    return rows
+            rows = load_dataset(path, split=split)
+            lines, count = (json.dumps(row, default=str) for row in rows), len(rows)
+            # Parquet gives all messages the same keys, null where absent, which a template takes for a value.
+            present = lambda item: {key: value for key, value in item.items() if value is not None}
+        for number, line in enumerate(bar(lines, total=count, desc="tokenizing", delay=2), 1):
+            if line.strip():
+                with blame(f"{path}:{number}: not JSON in UTF-8, fix or delete the line", 100):
+                    row = json.loads(line, object_hook=present)
+                    json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate fails here
+                found += 1
+                yield number, row
+    if not found:
+        refuse(f"{path}: no rows, pass a file with one JSON object per line")
 
 
-def render(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, list[str]]:
-    """A row's prompt, which keeps the pairs of one prompt together, and its whole texts, messages through the
-    chat template. Without a prompt it is what the texts begin with, up to HH-RLHF's last turn or a line."""
-    prompt, answers = row["prompt"], row["ranked"]
-    if isinstance(answers[0], str):
-        common = prompt or os.path.commonprefix(answers)
+def check_response(value: Any, where: str) -> str | list[dict[str, Any]]:
+    """A text, or a list of messages, whose content the template checks. A message alone is a list of one."""
+    value = [value] if isinstance(value, dict) else value
+    talk = isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and not isinstance(message.get("content"), int | float)
+        for message in value
+    )
+    if not value or not (talk or isinstance(value, str) and value.strip()):
+        found = "a number" if type(value) in (int, float) else json.dumps(value)[:50]
+        refuse(f'{where} is {found}; expected a text, or a list of {{"role", "content"}} messages')
+    return value
+
+
+def check_row(row: Any, where: str) -> tuple[Any, list[list[Any]]]:
+    """A row's prompt or None, and its responses in levels: chosen and rejected, or one per rank. Each is
+    better than those of later levels."""
+    row = row if isinstance(row, dict) else {}
+    several = lambda value: isinstance(value, list) and value and isinstance(value[0], str | list)
+    groups = [(key, row.get(key)) for key in ("chosen", "rejected")]
+    groups = [(key, value if several(value) else [value]) for key, value in groups]
+    if (ranked := row.get("ranked")) is not None:
+        groups = [("ranked", [item]) for item in (ranked if isinstance(ranked, list) else [ranked])]
+    levels = [[check_response(item, f'{where}: "{key}"') for item in group] for key, group in groups]
+    if len(levels) < 2:
+        refuse(f'{where}: "ranked" has {len(levels)} responses; expected 2 or more, from best to worst')
+    prompt, responses = row.get("prompt") or None, list(itertools.chain(*levels))
+    if prompt and not isinstance(prompt, str):
+        prompt = check_response(prompt, f'{where}: "prompt"')
+    if isinstance(prompt, str) and not any(isinstance(response, str) for response in responses):
+        asked = [[m.get("content") for m in response if m["role"] == "user"][:1] for response in responses]
+        if asked != [[prompt]] * len(asked):
+            refuse(f'{where}: "prompt" is not the first user message of each response; pass it as messages')
+        prompt = None  # the dialogues are complete, as in UltraFeedback and Tulu 3
+    if len({type(text) for text in (prompt or responses[0], *responses)}) > 1:
+        refuse(f"{where}: texts and messages are mixed; expected the prompt and all responses in one form")
+    return prompt, levels
+
+
+def render(row: Any, where: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[str, str]], bool]:
+    """A row's prompt, which keeps the pairs of one prompt together, its complete texts in pairs, and whether
+    they need BOS, which a chat template writes itself. Without a prompt it is what the texts begin with, up to
+    HH-RLHF's last turn or a line."""
+    prompt, levels = check_row(row, where)
+    responses = list(itertools.chain(*levels))
+    if is_text := isinstance(responses[0], str):
+        common = prompt or os.path.commonprefix(responses)
         common = common.rpartition("\n\nAssistant:")[0] or prompt or common.rpartition("\n")[0] or common
-        return common.strip(), [(prompt or "") + text for text in answers]
-    with blame(f"{row['where']}: the tokenizer's chat template does not take these messages"):
-        dialogues = [(prompt or []) + answer for answer in answers]
-        texts = [tokenizer.apply_chat_template(dialogue, tokenize=False).rstrip() for dialogue in dialogues]
-    alike = itertools.takewhile(lambda turns: turns.count(turns[0]) == len(turns), zip(*answers))
-    return json.dumps(prompt or [turns[0] for turns in alike]), texts
+        common, texts = common.strip(), [[(prompt or "") + text for text in level] for level in levels]
+    else:
+        alike = itertools.takewhile(lambda turns: turns.count(turns[0]) == len(turns), zip(*responses))
+        common = json.dumps(prompt or [turns[0] for turns in alike])
+        write = functools.partial(tokenizer.apply_chat_template, tools=row.get("tools"), tokenize=False)
+        with blame(f"{where}: the tokenizer's chat template fails on these messages", 100):
+            texts = [[write((prompt or []) + messages).rstrip() for messages in level] for level in levels]
+    pairs = [pair for two in itertools.combinations(texts, 2) for pair in itertools.product(*two)]
+    return common, pairs, is_text
 
 
-def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: int) -> Pairs:
-    """Pairs of token ids, each text ending with EOS. Identical pairs are left out and counted, and those that
-    are too long: cut at the end, they would train on half an answer. A chat template writes BOS itself."""
-    rows = [row for path in paths for row in read_rows(path, split)]
-    pairs, left_out, eos = [], Counter(), tokenizer.eos_token_id
-    for row in bar(rows, desc="tokenizing", delay=2):
-        prompt, texts = render(row, tokenizer)
-        texts = tokenizer(texts, add_special_tokens=isinstance(row["ranked"][0], str))["input_ids"]
-        texts = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in texts]
-        shared = {"where": row["where"], "prompt": prompt}
-        for chosen, rejected in itertools.combinations(texts, 2):  # the better one comes first
-            if chosen == rejected:
-                left_out["identical"] += 1
-            elif max(len(chosen), len(rejected)) > max_seq_len:
-                left_out[f"longer than {max_seq_len} tokens"] += 1
-            else:
-                pairs.append(shared | {"chosen": chosen, "rejected": rejected})
-    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none"
-    print(f"{', '.join(paths)}: {len(pairs)} pairs of {len(rows)} rows; left out: {counts}", flush=True)
-    return pairs
+def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> Pairs:
+    """Pairs of token ids, each text ending with EOS. Identical pairs are dropped and counted, and so are
+    those that are too long: cut at the end, they would train on half a response."""
+    ids, table, eos = array("i"), array("q"), tokenizer.eos_token_id
+    count, dropped, lost = 0, Counter(), {}
+    rows = (
+        (file, line, row, *render(row, f"{path}:{line}", tokenizer))
+        for file, path in enumerate(paths)
+        for line, row in read_rows(path, split)
+    )
+    # A fast tokenizer uses its threads on a batch: about a thousand texts, of which all need BOS or none.
+    for (_, bos), group in itertools.groupby(enumerate(rows), lambda item: (item[0] // 500, item[1][-1])):
+        batch, starts = [row for _, row in group], {}
+        texts = list({text: None for *_, pairs, _ in batch for pair in pairs for text in pair})
+        tokens = tokenizer(texts, add_special_tokens=bos, return_attention_mask=False)["input_ids"]
+        tokens = {text: row if row[-1:] == [eos] else [*row, eos] for text, row in zip(texts, tokens)}
+        count += len(batch)
+        for file, line, row, prompt, pairs, _ in batch:
+            if prompt in ("", "[]"):
+                lost.setdefault(paths[file], Counter()).update(["", *row])
+            draw = int(random.Random(f"{seed} {prompt}").random() * 2**53)
+            prompt = int.from_bytes(sha256(prompt.encode()).digest()[:8], "big", signed=True)
+            for pair in pairs:
+                chosen, rejected = (tokens[text] for text in pair)
+                if chosen == rejected:
+                    dropped["identical"] += 1
+                elif max(len(chosen), len(rejected)) > max_seq_len:
+                    dropped[f"longer than {max_seq_len} tokens"] += 1
+                else:
+                    for text in pair:
+                        if text not in starts:
+                            starts[text] = len(ids)
+                            ids.extend(tokens[text])
+                    a, c = (starts[text] for text in pair)
+                    table.extend((file, line, prompt, draw, a, a + len(chosen), c, c + len(rejected)))
+    for path, seen in lost.items():
+        what = f'{seen.pop("")} rows have no "prompt" and no common prefix, so they train without a question'
+        keys = textwrap.shorten(", ".join(seen), 60, placeholder=" ...")
+        print(f'warning: {path}: {what}; rename its key to "prompt"; keys: {keys}')
+    counts = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items())) or "none"
+    print(f"{', '.join(paths)}: {len(table) // 8} pairs of {count} rows; dropped: {counts}", flush=True)
+    if not table:
+        refuse("0 pairs remain: see what was dropped, pass more data or a larger --max_seq_len")
+    table = torch.asarray(table, dtype=torch.int64).view(-1, 8)
+    return Pairs(paths, torch.asarray(ids, dtype=torch.int32), table)
 
 
-def in_order(pairs: Pairs, seed: int) -> Pairs:
+def in_order(pairs: Pairs, epoch: int) -> Pairs:
     """Prompts in random order, each with all its pairs: compared in one batch they overfit less (InstructGPT,
     arXiv:2203.02155, section 3.5), and the critic computes once what they have in common."""
-    return sorted(pairs, key=lambda pair: random.Random(f"{seed} {pair['prompt']}").random())
+    # Random numbers times an odd one, modulo 2**64, are in another random order, and still differ.
+    factor = 2 * random.Random(epoch).getrandbits(62) + 1 if epoch else 1
+    return pairs[(pairs.table[:, 3] * factor).argsort(stable=True)]
 
 
 def count_nodes(pairs: Pairs) -> int:
@@ -184,12 +255,8 @@ def count_nodes(pairs: Pairs) -> int:
 def deal(pairs: Pairs, ranks: int) -> list[Pairs]:
     """Give each rank the same number of pairs and about as many tokens, since all wait for the fullest. Prompts
     go to the emptiest rank, the largest first; the pairs of a prompt stay together where they fit."""
-    dealt, loads, size, prompts = (
-        [[] for _ in range(ranks)],
-        [0] * ranks,
-        len(pairs) // ranks,
-        defaultdict(list),
-    )
+    dealt, loads, size = [[] for _ in range(ranks)], [0] * ranks, len(pairs) // ranks
+    prompts = defaultdict(list)
     for pair in pairs:
         prompts[pair["prompt"]].append(pair)
     for group in sorted(prompts.values(), key=count_nodes, reverse=True):
@@ -206,6 +273,19 @@ def collate(pairs: Pairs, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
     """(2B, T) each, on the CPU: the model removes padding there and sends the rest to its device."""
     rows = [{"input_ids": pair[side]} for side in ("chosen", "rejected") for pair in pairs]
     return dict(DataCollatorWithPadding(tokenizer)(rows))
+
+
+def data_fingerprint(parts: list[Pairs]) -> str:
+    """A digest of all prompts and token ids in their order, and of which pairs are held out."""
+    digest = sha256()
+    for part in parts:
+        digest.update(f"{len(part)} pairs".encode())
+        for number in range(len(part)):
+            _, _, prompt, _, a, b, c, d = part.table[number].tolist()
+            digest.update(f"{prompt} {b - a} {d - c}".encode())
+            digest.update(part.ids[a:b].numpy())
+            digest.update(part.ids[c:d].numpy())
+    return digest.hexdigest()
 
 
 def demonstration(folder: str, seed: int) -> str:
@@ -238,6 +318,10 @@ def demonstration(folder: str, seed: int) -> str:
 def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) -> tuple:
     """What a user's input can spoil: the tokenizer, the model, the training pairs and the held-out ones."""
     set_seed(args.seed)
+    ranks = int(
+        os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1")
+    )  # DeepSpeed's, torchrun's
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, os.cpu_count() // ranks)))  # of a fast tokenizer
     path, data_path = args.model_name_or_path, args.data_path or []
     if path is None:
         path, data_path = folder, [demonstration(folder, args.seed)]
@@ -249,19 +333,18 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
         tokenizer.add_special_tokens({"pad_token": "[PAD]" if args.num_train_epochs else tokenizer.eos_token})
     if args.max_seq_len > (limit := getattr(config, "max_position_embeddings", args.max_seq_len)):
         refuse(f"--max_seq_len is {args.max_seq_len}, but {path} has {limit} positions: pass no more")
-    train_pairs = read_pairs(data_path, "train", tokenizer, args.max_seq_len) if data_path else []
+    read = functools.partial(read_pairs, tokenizer=tokenizer, max_seq_len=args.max_seq_len, seed=args.seed)
+    train_pairs = read(data_path, "train") if data_path else None
     if args.eval_path:
-        eval_pairs = read_pairs(args.eval_path, "test", tokenizer, args.max_seq_len)
+        eval_pairs = read(args.eval_path, "test")
+        train_pairs = train_pairs or eval_pairs[:0]
     else:  # no prompt on both sides
-        prompts = list(dict.fromkeys(pair["prompt"] for pair in in_order(train_pairs, args.seed)))
-        held_out = set(prompts[: math.ceil(len(prompts) / 10)])
-        eval_pairs = [pair for pair in train_pairs if pair["prompt"] in held_out]
-        train_pairs = [pair for pair in train_pairs if pair["prompt"] not in held_out]
-    if shared := {pair["prompt"] for pair in train_pairs} & {pair["prompt"] for pair in eval_pairs}:
-        print(f"warning: {len(shared)} prompts of the held-out data are in the training data too")
+        prompts = in_order(train_pairs, 0).prompts.unique_consecutive()
+        held_out = torch.isin(train_pairs.prompts, prompts[: math.ceil(len(prompts) / 10)])
+        train_pairs, eval_pairs = train_pairs[~held_out], train_pairs[held_out]
+    if shared := int(torch.isin(eval_pairs.prompts.unique(), train_pairs.prompts).sum()):
+        print(f"warning: {shared} prompts of the held-out data are in the training data too")
     print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-    if not eval_pairs:
-        refuse("0 held-out pairs remain: see what was left out, pass more data or a larger --max_seq_len")
     options = {"rlhf_training": not args.num_train_epochs, "compute_fp32_loss": args.compute_fp32_loss}
     with blame(f"--model_name_or_path {path}"):
         model = create_critic_model(path, tokenizer, ds_config, dropout=args.dropout, **options)
@@ -299,8 +382,8 @@ def show_rewards(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) ->
     """Print two pairs word by word from where they part, each word with the reward at its last token."""
     engine.eval()
     style = "\033[4{0}m{1}\033[0m" if sys.stdout.isatty() else "{1}({2:+.1f})"
-    pairs = list({pair["prompt"]: pair for pair in pairs}.values())[:2]
-    for pair, side in itertools.product(pairs, ("chosen", "rejected")):
+    numbers = list({prompt: number for number, prompt in enumerate(pairs.prompts.tolist())}.values())[:2]
+    for pair, side in itertools.product(map(pairs.__getitem__, numbers), ("chosen", "rejected")):
         ids, words = torch.tensor([pair[side]]), []
         rewards = engine.module.forward_value(ids, torch.ones_like(ids), return_value_only=True)[0].tolist()
         parting = len(os.path.commonprefix([pair["chosen"], pair["rejected"]]))
@@ -341,10 +424,9 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
 def open_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, parts: list[Pairs]) -> tuple:
     """Lock the metrics, then load the newest checkpoint, if all that decides is as it was. Returns both."""
     flags = ("model_name_or_path", "seed", "num_train_epochs", "dropout", "compute_fp32_loss", "loss_on")
-    data = json.dumps([[(p["prompt"], p["chosen"], p["rejected"]) for p in part] for part in parts])
     decides = {f"--{name}": getattr(args, name) for name in flags}
     decides |= {f"{name} in the DeepSpeed config": value for name, value in config.items()}
-    decides |= {"the data": sha256(data.encode()).hexdigest(), "the number of ranks": dist.get_world_size()}
+    decides |= {"the data": data_fingerprint(parts), "the number of ranks": dist.get_world_size()}
     folder, files = Path(args.output_dir), []
 
     def lock() -> None:
@@ -456,7 +538,7 @@ def main() -> None:
     done = engine.global_steps
     if not done:
         log(engine, file, evaluate(engine, eval_pairs, tokenizer))
-    shuffled = functools.lru_cache(1)(lambda epoch: in_order(train_pairs, args.seed + epoch))
+    shuffled = functools.lru_cache(1)(lambda epoch: in_order(train_pairs, epoch))
     progress = bar(range(done, total_steps), initial=done, total=total_steps, desc="training")
     for step in progress:
         engine.train()
