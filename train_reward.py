@@ -172,8 +172,8 @@ def check_row(row: Any, where: str) -> tuple[Any, list[list[Any]]]:
 
 
 def render(row: Any, where: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[str, str]], bool]:
-    """A row's prompt, which keeps the pairs of one prompt together, its complete texts in pairs, and whether
-    they need BOS, which a chat template writes itself. Without a prompt it is what the texts begin with, up to
+    """A row's prompt, which keeps the pairs of one prompt together, its complete texts in pairs, and if they
+    need BOS, which a chat template writes itself. Without a prompt it is what the texts begin with, up to
     HH-RLHF's last turn or a line."""
     prompt, levels = check_row(row, where)
     responses = list(itertools.chain(*levels))
@@ -206,8 +206,9 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
         batch, starts = [row for _, row in group], {}
         texts = list({text: None for *_, pairs, _ in batch for pair in pairs for text in pair})
         tokens = tokenizer(texts, add_special_tokens=bos, return_attention_mask=False)["input_ids"]
-        tokens = {text: row if row[-1:] == [eos] else [*row, eos] for text, row in zip(texts, tokens)}
-        count += len(batch)
+        for row in tokens:
+            row.extend([eos] if row[-1:] != [eos] else [])
+        tokens, count = dict(zip(texts, tokens)), count + len(batch)
         for file, line, row, prompt, pairs, _ in batch:
             if prompt in ("", "[]"):
                 lost.setdefault(paths[file], Counter()).update(["", *row])
@@ -223,7 +224,7 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
                     for text in pair:
                         if text not in starts:
                             starts[text] = len(ids)
-                            ids.extend(tokens[text])
+                            ids.fromlist(tokens[text])
                     a, c = (starts[text] for text in pair)
                     table.extend((file, line, prompt, draw, a, a + len(chosen), c, c + len(rejected)))
     for path, seen in lost.items():
@@ -280,11 +281,11 @@ def data_fingerprint(parts: list[Pairs]) -> str:
     digest = sha256()
     for part in parts:
         digest.update(f"{len(part)} pairs".encode())
-        for number in range(len(part)):
-            _, _, prompt, _, a, b, c, d = part.table[number].tolist()
+        ids = part.ids.numpy()
+        for _, _, prompt, _, a, b, c, d in (row for rows in part.table.split(1000) for row in rows.tolist()):
             digest.update(f"{prompt} {b - a} {d - c}".encode())
-            digest.update(part.ids[a:b].numpy())
-            digest.update(part.ids[c:d].numpy())
+            digest.update(ids[a:b])
+            digest.update(ids[c:d])
     return digest.hexdigest()
 
 
