@@ -30,6 +30,9 @@ from transformers.modeling_layers import GenericForSequenceClassification
 torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients on Hopper with an explicit mask (pytorch#196678)
 
 
+# ---- Chapter 1: the reward model on a padded batch ----
+
+
 def attends_causally(config: PretrainedConfig) -> bool:
     bidirectional = getattr(
         config, "use_bidirectional_attention", None
@@ -503,7 +506,7 @@ def write_folder(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-# ---- chapter 2: the prefix tree ----
+# ---- Chapter 2: each distinct (prefix, token) once, and loading under ZeRO-3 ----
 
 # Families where a test saw the tree equal to a padded batch: all layers are causal attention over given positions,
 # full or in a window, through transformers' AttentionInterface. Others run padded batches, as wrong is worse than

@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import functools
 import gzip
+import importlib.util
 import itertools
 import json
 import math
@@ -643,6 +644,37 @@ def test_every_family_counts(capsys):
         )
     assert len(groups["tree"]) >= (38 if OLD else 70) and len(groups["padded"]) >= 25
     assert set(groups.get("fails", [])) <= NOT_EQUAL and "cannot be saved" not in groups
+
+
+# ---- chapter 1 alone ----
+
+HANDOVER = """        if self.share_prefix and tree_is_exact(self.rwtransformer):
+            return tree_rewards(self, ids, is_key, read)
+"""
+
+
+def test_chapter_1_is_a_complete_reward_model(tokenizer, tmp_path):
+    """Without chapter 2 and the statement that hands over: step 2, then step 3, and OPT's BOS that is PAD."""
+    chapter, mark, rest = Path(critic.__file__).read_text().partition("# ---- Chapter 2")
+    assert mark and chapter.count(HANDOVER) == 1
+    (tmp_path / "chapter_1.py").write_text(chapter.replace(HANDOVER, ""))
+    spec = importlib.util.spec_from_file_location("chapter_1", tmp_path / "chapter_1.py")
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    base, (ids, mask) = write_base(tmp_path / "base", "opt", tokenizer), pad_rows(random_rows(4))
+    model = alone.create_critic_model(base, tokenizer, None, num_padding_at_beginning=1).eval()
+    model(ids, mask)["loss"].backward()
+    assert not hasattr(alone, "PrefixTree") and model.v_head.weight.grad.any()
+    alone.save_critic_model(model, tokenizer, tmp_path / "critic")
+    step3 = alone.create_critic_model(str(tmp_path / "critic"), tokenizer, None, 1, rlhf_training=True).eval()
+    full = read_critic(tmp_path / "critic", tokenizer)
+    full.num_padding_at_beginning = 1
+    for bits in (mask, None):
+        for found, expected in zip(step3(ids, bits).values(), full(ids, bits).values()):
+            same(found, expected)
+        same(step3.forward_value(ids, bits, prompt_length=2)["values"], full.forward_value(ids, bits, True))
+    rows = torch.tensor([[PAD, 5, 6, 7, PAD, PAD], [PAD, 5, 8, PAD, PAD, PAD]])
+    assert [alone.align(rows, None, PAD, n)[3].tolist() for n in (0, 1)] == [[3, 2], [4, 3]]
 
 
 # ---- the content of a row, and the loss ----
@@ -2194,22 +2226,29 @@ def measured(run, device="cpu"):
     return took, (torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")) - memory
 
 
+def dialogues(count, seed=0):
+    """[chosen, rejected] token ids, as long as dialogues are: a prefix of 120 tokens or so, responses of 59."""
+    rng = random.Random(seed)
+    ids = lambda count: [rng.randrange(10, 4096) for _ in range(count)]
+    draw = lambda mean: int(min(3 * mean, 1 + mean * rng.lognormvariate(-0.32, 0.8)))
+    prompts = [ids(draw(120)) for _ in range(count)]
+    return [[prompt + [first] + ids(draw(58)) for first in (8, 9)] for prompt in prompts]
+
+
 def benchmark_cases(options, tokenizer, device):
     """{case: (batches as rows, batches as each token once, whether it trains)}; a batch: ids, mask (2B, T)."""
     rng = random.Random(0)
     ids = lambda count: [rng.randrange(10, 4096) for _ in range(count)]
-    draw = lambda mean: int(min(3 * mean, 1 + mean * rng.lognormvariate(-0.32, 0.8)))
     if options.data:
         import train_reward
 
         pairs = train_reward.read_pairs([options.data], "train", tokenizer, 512, 0)
         pairs = [[pair[side] for side in SIDES] for pair in train_reward.in_order(pairs, 0)[: options.pairs]]
-    else:  # as long as dialogues: a common beginning of 120 tokens or so, answers of 59
-        prompts = [ids(draw(120)) for _ in range(options.pairs)]
-        pairs = [[prompt + [first] + ids(draw(58)) for first in (8, 9)] for prompt in prompts]
+    else:
+        pairs = dialogues(options.pairs)
     common = statistics.mean(len(os.path.commonprefix(pair)) for pair in pairs)
     answer = statistics.mean(len(text) for pair in pairs for text in pair) - common
-    print(f"\n{len(pairs)} pairs: {common:.0f} tokens in common on average, and answers of {answer:.0f}.")
+    print(f"\n{len(pairs)} pairs: a prefix of {common:.0f} tokens on average, responses of {answer:.0f}.")
     rows = lambda texts: tuple(tensor.to(device) for tensor in pad_rows(texts, extra=0))
     batch = lambda pairs: rows([text for texts in zip(*pairs) for text in texts])
     batches = lambda pairs: [batch(pairs[at : at + 8]) for at in range(0, len(pairs) - 7, 8)]
@@ -2256,11 +2295,11 @@ def benchmark_steps(options):
             results.setdefault((name, share), []).append((*found, sum(calls)))
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {options.dtype}"
     print(f"\n1. {size}, {device}, {torch.get_num_threads()} threads, batch 8, median of {options.repeats}\n")
-    print("| case | tokens | time | peak MiB, rows and once |\n| --- | --- | --- | --- |")
+    print("| case | tokens | time | peak MiB, padded and tree |\n| --- | --- | --- | --- |")
     for name in cases:
         rows, once = results[name, False][1:], results[name, True][1:]
         time_, tokens = (statistics.median(a[i] / b[i] for a, b in zip(rows, once)) for i in (0, 2))
-        print(f"| {name} | {tokens:.2f} | {time_:.2f} | {rows[-1][1]:.0f}, {once[-1][1]:.0f} |")
+        print(f"| {name} | {tokens:.2f}x | {time_:.2f}x | {rows[-1][1]:.0f}, {once[-1][1]:.0f} |")
 
     batch, times = next(iter(cases.values()))[1][0], []
     hidden = torch.randn(1, batch[0].numel(), model.v_head.in_features, device=device, dtype=dtype)
@@ -2270,6 +2309,50 @@ def benchmark_steps(options):
         step = functools.partial(run, [batch], True, True)
         times.append(statistics.median(measured(step, device)[0] for _ in range(options.repeats + 2)))
     print(f"\n2. Laying out, head, loss: {100 * times[1] / times[0]:.2f}% of a step.")
+
+
+def benchmark_operations():
+    """Dispatched operations of one more layer: what a GPU is told to do, one after the other."""
+    config = lambda layers: AutoConfig.for_model(
+        "llama",
+        vocab_size=4096,
+        hidden_size=72,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+    )
+    build = lambda layers: RewardModel(
+        AutoModel.from_config(config(layers)), argparse.Namespace(pad_token_id=0)
+    )
+    print("\n3. Operations per layer with an accelerator's blocks, forward and backward\n")
+    print("| pairs | padded batch | tree |\n| --- | --- | --- |")
+    for count in (8, 32):
+        batch = pad_rows([text for texts in zip(*dialogues(count)) for text in texts])
+        padded, tree = (
+            "{}, {}".format(*operations_per_layer(build, batch, share)) for share in (False, True)
+        )
+        print(f"| {count} | {padded} | {tree} |")
+
+
+def benchmark_ranks(steps=20):
+    """The fullest rank's tokens over the mean, 8 pairs per rank: consecutive pairs, and as `deal` gives them."""
+    import train_reward
+
+    print("\n4. Tokens of the fullest rank over the mean, 8 pairs per rank and step\n")
+    print("| ranks | consecutive pairs | dealt by tokens |\n| --- | --- | --- |")
+    for ranks in (8, 64):
+        loads = []
+        for step in range(steps):
+            pairs = [
+                {"prompt": n, **dict(zip(SIDES, pair))} for n, pair in enumerate(dialogues(8 * ranks, step))
+            ]
+            in_turn = [pairs[at : at + 8] for at in range(0, len(pairs), 8)]
+            tokens = [
+                list(map(train_reward.count_nodes, parts))
+                for parts in (in_turn, train_reward.deal(pairs, ranks))
+            ]
+            loads.append([max(each) / statistics.mean(each) for each in tokens])
+        print(f"| {ranks} | {' | '.join(f'{statistics.mean(load):.2f}x' for load in zip(*loads))} |")
 
 
 def benchmark_load():
@@ -2282,7 +2365,7 @@ def benchmark_load():
         size = os.path.getsize(f"{path}/pytorch_model.bin") / 4e6  # four bytes each
         plain = lambda: build().load_state_dict(torch.load(f"{path}/pytorch_model.bin", weights_only=True))
         mapped = functools.partial(create_critic_model, path, tokenizer, None, rlhf_training=True)
-        print(f"\n3. Loading a checkpoint of {size:.0f}M parameters in float32, median of 3\n")
+        print(f"\n5. Loading a checkpoint of {size:.0f}M parameters in float32, median of 3\n")
         print("| way | seconds | peak MiB above the start |\n| --- | --- | --- |")
         ways = "build, `torch.load`, `load_state_dict`", "`create_critic_model(..., rlhf_training=True)`"
         for name, way in zip(ways, (plain, mapped)):
@@ -2329,7 +2412,7 @@ def benchmark_data(options):
     shuffled = measured(lambda: train_reward.in_order(million, 1))[0]
     stamped = measured(lambda: train_reward.data_fingerprint([pairs]))[0] * 1e6 / len(pairs)
     stored = (pairs.ids.nbytes + pairs.table.nbytes) / tokens
-    print(f"\n4. Reading {len(pairs)} pairs of {tokens / len(pairs):.0f} tokens, {os.cpu_count()} cores\n")
+    print(f"\n6. Reading {len(pairs)} pairs of {tokens / len(pairs):.0f} tokens, {os.cpu_count()} cores\n")
     print(
         "| rows per second | time, over the tokenizer's alone | bytes per token, peak and stored | order, fingerprint: s per million |"
     )
@@ -2347,16 +2430,20 @@ def benchmark():
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     add("--pairs", type=int, default=24, help="pairs of the first two cases")
     add("--repeats", type=int, default=3)
-    add("--only", choices=["steps", "load", "data"], help="one of the benchmark's parts")
+    add(
+        "--only",
+        choices=["steps", "operations", "ranks", "load", "data"],
+        help="one of the benchmark's parts",
+    )
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(os.cpu_count())
-    if options.only in (None, "steps"):
-        benchmark_steps(options)
-    if options.only in (None, "load"):
-        benchmark_load()
-    if options.only in (None, "data"):
-        benchmark_data(options)
+    parts = {
+        "steps": lambda: benchmark_steps(options), "operations": benchmark_operations, "ranks": benchmark_ranks,
+        "load": benchmark_load, "data": lambda: benchmark_data(options),
+    }  # fmt: skip
+    for part in [options.only] if options.only else parts:
+        parts[part]()
 
 
 if __name__ == "__main__":
