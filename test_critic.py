@@ -1559,7 +1559,7 @@ def test_loop_order_is_that_of_random_numbers_which_prompts_draw(talker, tmp_pat
     path = write_rows(tmp_path / "rows.jsonl", rows)
     pairs = train_reward.read_pairs([str(path)], "train", talker, 512, 5)
     lines = lambda epoch: [
-        int(pair["where"].rpartition(":")[2]) for pair in train_reward.in_order(pairs, epoch)
+        int(pair["where"].rpartition(":")[2]) for pair in train_reward.shuffle_prompts(pairs, epoch)
     ]
     draw = lambda line: random.Random(f"5 {rows[line - 1]['prompt']}").random()
     assert lines(0) == sorted(range(1, 201), key=draw)
@@ -1673,8 +1673,8 @@ def test_loop_a_tie_is_half_right(tokenizer, tmp_path):
         config = write_ds_config(tmp_path / f"{stage}.json", stage, train_micro_batch_size_per_gpu=1, **more)
         cases[stage] = flags(
             model_name_or_path=tmp_path / "flat", eval_path=held_out, deepspeed_config=config,
-            max_seq_len=64, num_train_epochs=0, output_dir=tmp_path / "none",
-        )  # fmt: skip
+            max_seq_len=64, output_dir=tmp_path / "none",
+        ) + ["--eval_only"]  # fmt: skip
     for said in launch(*cases.pop(3)), *(said for _, said, _ in drive(cases, tmp_path).values()):
         found = json.loads(next(line for line in said.splitlines() if line.startswith('{"eval_loss')))
         assert (found["eval_accuracy"], found["eval_ties"]) == (0.5, 5) and set(found) == EVAL_METRICS
@@ -2134,14 +2134,14 @@ BAD_INPUT = {
     "messages without a template": (lambda f: [*with_talk(TALK)(f), "--model_name_or_path", "mute"], r"pairs\.jsonl:1: .*chat_template is not set"),
     "no such file": (["--data_path", "missing.jsonl"], "missing.jsonl: cannot be read"),
     "a hub dataset without the library": (["--data_path", "some/pairs"], "pip install datasets"),
-    "max_seq_len 0": (["--max_seq_len", "0"], "--max_seq_len at least 2"),
+    "max_seq_len 0": (["--max_seq_len", "0"], "--max_seq_len 2"),
     "beyond the positions": (["--max_seq_len", "300"], "--max_seq_len is 300, but .* has 256 positions"),
-    "negative epochs": (["--num_train_epochs", "-1"], "--num_train_epochs and the intervals must be 0 or more"),
+    "negative epochs": (["--num_train_epochs", "-1"], "--num_train_epochs must be at least 1"),
     "dropout 1.5": (["--dropout", "1.5"], "dropout is 1.5"),
     "an unknown loss": (["--loss_on", "mean"], "--loss_on: invalid choice: 'mean'"),
     "an unknown flag": (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
     "an unknown model": (["--model_name_or_path", "no/such-model"], "no/such-model"),
-    "evaluating a base model": (["--num_train_epochs", "0"], "no value head|without a value head"),
+    "evaluating a base model": (["--eval_only", "--eval_path", "good.jsonl"], "no value head|without a value head"),
     "a run in output_dir": (["--output_dir", "used"], "used holds metrics.jsonl, checkpoints: pass another --output_dir, or --resume"),
     "another run in output_dir": (["--output_dir", "used", "--resume"], "metrics.jsonl: another run is writing here"),
     "a model in output_dir": (["--output_dir", "base", "--resume"], "base holds config.json: pass another --output_dir"),
@@ -2243,7 +2243,9 @@ def benchmark_cases(options, tokenizer, device):
         import train_reward
 
         pairs = train_reward.read_pairs([options.data], "train", tokenizer, 512, 0)
-        pairs = [[pair[side] for side in SIDES] for pair in train_reward.in_order(pairs, 0)[: options.pairs]]
+        pairs = [
+            [pair[side] for side in SIDES] for pair in train_reward.shuffle_prompts(pairs, 0)[: options.pairs]
+        ]
     else:
         pairs = dialogues(options.pairs)
     common = statistics.mean(len(os.path.commonprefix(pair)) for pair in pairs)
@@ -2409,7 +2411,7 @@ def benchmark_data(options):
         alone, (pairs,) = (before + alone()) / 2, found
     tokens, copies = len(pairs.ids), 10**6 // len(pairs) + 1
     million = train_reward.Pairs(pairs.paths, pairs.ids, pairs.table.repeat(copies, 1)[: 10**6])
-    shuffled = measured(lambda: train_reward.in_order(million, 1))[0]
+    shuffled = measured(lambda: train_reward.shuffle_prompts(million, 1))[0]
     stamped = measured(lambda: train_reward.data_fingerprint([pairs]))[0] * 1e6 / len(pairs)
     stored = (pairs.ids.nbytes + pairs.table.nbytes) / tokens
     print(f"\n6. Reading {len(pairs)} pairs of {tokens / len(pairs):.0f} tokens, {os.cpu_count()} cores\n")

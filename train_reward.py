@@ -38,6 +38,9 @@ from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, log
 from critic import Tokenizer, create_critic_model, on_rank_0, save_critic_model
 
 
+OUTPUTS = "loss", "chosen_mean_scores", "rejected_mean_scores"  # of the model
+
+
 def parse_args() -> argparse.Namespace:
     formatter, yes_or_no = argparse.ArgumentDefaultsHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
@@ -46,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     add("--data_path", nargs="+", help="pairs: .jsonl[.gz], hub owner/name; none: Python's manual")
     add("--eval_path", nargs="+", help="held-out pairs; none: those of a tenth of the prompts")
     add("--max_seq_len", type=int, default=512, help="tokens; pairs with a longer text are left out")
-    add("--num_train_epochs", type=int, default=1, help="passes over the data; 0: only evaluate a critic")
+    add("--num_train_epochs", type=int, default=1, help="passes over the data")
     add("--output_dir", default="output", help="where critic, metrics.jsonl and checkpoints go")
     add("--seed", type=int, default=1234, help="of the fresh head, the order of the data and dropout")
     add("--dropout", type=float, help="overrides every dropout probability of the model")
@@ -55,25 +58,26 @@ def parse_args() -> argparse.Namespace:
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--eval_interval", type=int, default=0, help="optimizer steps between evaluations (0: none between)")
     add("--save_interval", type=int, default=0, help="optimizer steps between checkpoints (0: none)")
+    add("--eval_only", action="store_true", help="only evaluate a trained reward model on --eval_path")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir, if any")
     add("--deepspeed_config", default=f"{Path(__file__).parent}/ds_config.json", help="batch, lr, ZeRO")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
-    has_data = args.data_path or (args.eval_path and not args.num_train_epochs)
-    if bool(args.model_name_or_path) != bool(has_data):
-        parser.error("give --model_name_or_path with data (--eval_path and --num_train_epochs 0: evaluate)")
-    if min(args.num_train_epochs, args.eval_interval, args.save_interval) < 0 or args.max_seq_len < 2:
-        parser.error("--num_train_epochs and the intervals must be 0 or more, --max_seq_len at least 2")
+    has_data = args.eval_path if args.eval_only else args.data_path
+    if bool(args.model_name_or_path) != bool(has_data) or (args.eval_only and not has_data):
+        parser.error("give --model_name_or_path with --data_path, or with --eval_only and --eval_path")
+    if min(args.eval_interval, args.save_interval) < 0 or args.num_train_epochs < 1 or args.max_seq_len < 2:
+        parser.error("--num_train_epochs must be at least 1, --max_seq_len 2, and the intervals 0 or more")
     return args
 
 
-def refuse(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
     sys.exit(f"train_reward.py: error: {message}")
 
 
 @contextlib.contextmanager
-def blame(message: str, width: int = 2000) -> Any:
-    """Whatever a library raises inside is told in one line, with the culprit and the remedy before it."""
+def explain(message: str, width: int = 2000) -> Any:
+    """Turn any exception inside into a one-line error: what is wrong and what to do, then the library's reason."""
     try:
         yield
     except Exception as error:
@@ -109,7 +113,7 @@ class Pairs:
 def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
     """The number and JSON value of each line of a .jsonl[.gz] file, or row of a hub dataset's split."""
     found, present = 0, None
-    with blame(f"{path}: cannot be read, pass a .jsonl[.gz] file, or pip install datasets for a hub's", 80):
+    with explain(f"{path}: cannot be read, pass a .jsonl[.gz] file, or pip install datasets for a hub's", 80):
         if path.endswith((".jsonl", ".jsonl.gz")):
             read = functools.partial(gzip.open if path.endswith(".gz") else open, path, "rb")
             lines, count = read(), sum(1 for _ in read())
@@ -122,13 +126,13 @@ def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
             present = lambda item: {key: value for key, value in item.items() if value is not None}
         for number, line in enumerate(bar(lines, total=count, desc="tokenizing", delay=2), 1):
             if line.strip():
-                with blame(f"{path}:{number}: not JSON in UTF-8, fix or delete the line", 100):
+                with explain(f"{path}:{number}: not JSON in UTF-8, fix or delete the line", 100):
                     row = json.loads(line, object_hook=present)
                     json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate fails here
                 found += 1
                 yield number, row
     if not found:
-        refuse(f"{path}: no rows, pass a file with one JSON object per line")
+        fail(f"{path}: no rows, pass a file with one JSON object per line")
 
 
 def check_response(value: Any, where: str) -> str | list[dict[str, Any]]:
@@ -142,7 +146,7 @@ def check_response(value: Any, where: str) -> str | list[dict[str, Any]]:
     )
     if not value or not (talk or isinstance(value, str) and value.strip()):
         found = "a number" if type(value) in (int, float) else json.dumps(value)[:50]
-        refuse(f'{where} is {found}; expected a text, or a list of {{"role", "content"}} messages')
+        fail(f'{where} is {found}; expected a text, or a list of {{"role", "content"}} messages')
     return value
 
 
@@ -157,17 +161,17 @@ def check_row(row: Any, where: str) -> tuple[Any, list[list[Any]]]:
         groups = [("ranked", [item]) for item in (ranked if isinstance(ranked, list) else [ranked])]
     levels = [[check_response(item, f'{where}: "{key}"') for item in group] for key, group in groups]
     if len(levels) < 2:
-        refuse(f'{where}: "ranked" has {len(levels)} responses; expected 2 or more, from best to worst')
+        fail(f'{where}: "ranked" has {len(levels)} responses; expected 2 or more, from best to worst')
     prompt, responses = row.get("prompt") or None, list(itertools.chain(*levels))
     if prompt and not isinstance(prompt, str):
         prompt = check_response(prompt, f'{where}: "prompt"')
     if isinstance(prompt, str) and not any(isinstance(response, str) for response in responses):
         asked = [[m.get("content") for m in response if m["role"] == "user"][:1] for response in responses]
         if asked != [[prompt]] * len(asked):
-            refuse(f'{where}: "prompt" is not the first user message of each response; pass it as messages')
+            fail(f'{where}: "prompt" is not the first user message of each response; pass it as messages')
         prompt = None  # the dialogues are complete, as in UltraFeedback and Tulu 3
     if len({type(text) for text in (prompt or responses[0], *responses)}) > 1:
-        refuse(f"{where}: texts and messages are mixed; expected the prompt and all responses in one form")
+        fail(f"{where}: texts and messages are mixed; expected the prompt and all responses in one form")
     return prompt, levels
 
 
@@ -185,7 +189,7 @@ def render(row: Any, where: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[
         alike = itertools.takewhile(lambda turns: turns.count(turns[0]) == len(turns), zip(*responses))
         common = json.dumps(prompt or [turns[0] for turns in alike])
         write = functools.partial(tokenizer.apply_chat_template, tools=row.get("tools"), tokenize=False)
-        with blame(f"{where}: the tokenizer's chat template fails on these messages", 100):
+        with explain(f"{where}: the tokenizer's chat template fails on these messages", 100):
             texts = [[write((prompt or []) + messages).rstrip() for messages in level] for level in levels]
     pairs = [pair for two in itertools.combinations(texts, 2) for pair in itertools.product(*two)]
     return common, pairs, is_text
@@ -234,12 +238,12 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
     counts = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items())) or "none"
     print(f"{', '.join(paths)}: {len(table) // 8} pairs of {count} rows; dropped: {counts}", flush=True)
     if not table:
-        refuse("0 pairs remain: see what was dropped, pass more data or a larger --max_seq_len")
+        fail("0 pairs remain: see what was dropped, pass more data or a larger --max_seq_len")
     table = torch.asarray(table, dtype=torch.int64).view(-1, 8)
     return Pairs(paths, torch.asarray(ids, dtype=torch.int32), table)
 
 
-def in_order(pairs: Pairs, epoch: int) -> Pairs:
+def shuffle_prompts(pairs: Pairs, epoch: int) -> Pairs:
     """Prompts in random order, each with all its pairs: compared in one batch they overfit less (InstructGPT,
     arXiv:2203.02155, section 3.5), and the critic computes once what they have in common."""
     # Random numbers times an odd one, modulo 2**64, are in another random order, and still differ.
@@ -326,28 +330,28 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
     path, data_path = args.model_name_or_path, args.data_path or []
     if path is None:
         path, data_path = folder, [demonstration(folder, args.seed)]
-    with blame(f"--model_name_or_path {path}: pass a hub id or a folder with config.json and tokenizer"):
+    with explain(f"--model_name_or_path {path}: pass a hub id or a folder with config.json and tokenizer"):
         tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
     if tokenizer.eos_token is None:
-        refuse(f"{path}: the tokenizer has no EOS token, with which every text ends: set one, save it")
+        fail(f"{path}: the tokenizer has no EOS token, with which every text ends: set one, save it")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # EOS is content; but a critic cannot grow
-        tokenizer.add_special_tokens({"pad_token": "[PAD]" if args.num_train_epochs else tokenizer.eos_token})
+        tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token if args.eval_only else "[PAD]"})
     if args.max_seq_len > (limit := getattr(config, "max_position_embeddings", args.max_seq_len)):
-        refuse(f"--max_seq_len is {args.max_seq_len}, but {path} has {limit} positions: pass no more")
+        fail(f"--max_seq_len is {args.max_seq_len}, but {path} has {limit} positions: pass no more")
     read = functools.partial(read_pairs, tokenizer=tokenizer, max_seq_len=args.max_seq_len, seed=args.seed)
     train_pairs = read(data_path, "train") if data_path else None
     if args.eval_path:
         eval_pairs = read(args.eval_path, "test")
         train_pairs = train_pairs or eval_pairs[:0]
     else:  # no prompt on both sides
-        prompts = in_order(train_pairs, 0).prompts.unique_consecutive()
+        prompts = shuffle_prompts(train_pairs, 0).prompts.unique_consecutive()
         held_out = torch.isin(train_pairs.prompts, prompts[: math.ceil(len(prompts) / 10)])
         train_pairs, eval_pairs = train_pairs[~held_out], train_pairs[held_out]
     if shared := int(torch.isin(eval_pairs.prompts.unique(), train_pairs.prompts).sum()):
         print(f"warning: {shared} prompts of the held-out data are in the training data too")
     print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-    options = {"rlhf_training": not args.num_train_epochs, "compute_fp32_loss": args.compute_fp32_loss}
-    with blame(f"--model_name_or_path {path}"):
+    options = {"rlhf_training": args.eval_only, "compute_fp32_loss": args.compute_fp32_loss}
+    with explain(f"--model_name_or_path {path}"):
         model = create_critic_model(path, tokenizer, ds_config, dropout=args.dropout, **options)
     model.loss_on = args.loss_on
     if args.gradient_checkpointing:
@@ -366,12 +370,12 @@ def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dic
         mine = slice(at + rank * size, at + (rank + 1) * size)
         # Under ZeRO-3 every rank must take part in every forward: one without a share repeats a pair in vain.
         output = engine(**collate(pairs[mine] or pairs[:1], tokenizer))
-        for result, name in zip(results, ("loss", "chosen_mean_scores", "rejected_mean_scores")):
+        for result, name in zip(results, OUTPUTS):
             result[mine] = output[name].double()
     dist.all_reduce(results)
     loss, chosen, rejected = results
     if not loss.isfinite().all():
-        refuse(f"step {engine.global_steps}: the held-out loss is not finite: see the data, or lower the lr")
+        fail(f"step {engine.global_steps}: the held-out loss is not finite: see the data, or lower the lr")
     margin, ties = chosen - rejected, int((chosen == rejected).sum())
     means = torch.stack([loss, (margin.sign() + 1) / 2, margin, chosen, rejected]).mean(1).tolist()
     names = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
@@ -411,43 +415,47 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
     names = "metrics.jsonl", "checkpoints", "config.json"
     found = on_rank_0(lambda: [name for name in names if (folder / name).exists()])
     can_resume = args.resume and ("config.json" not in found or newest_checkpoint(folder))
-    if args.num_train_epochs and found and not can_resume:
-        refuse(f"{folder} holds {', '.join(found)}: pass another --output_dir, or --resume a run")
-    with blame(f"--deepspeed_config {path}: pass JSON for DeepSpeed, with an optimizer, like ds_config.json"):
+    if not args.eval_only and found and not can_resume:
+        fail(f"{folder} holds {', '.join(found)}: pass another --output_dir, or --resume a run")
+    with explain(
+        f"--deepspeed_config {path}: pass JSON for DeepSpeed, with an optimizer, like ds_config.json"
+    ):
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
         resolved, _ = DeepSpeedConfig(ds_config), ds_config["optimizer"]
-    if not args.num_train_epochs:  # an optimizer takes memory, and ZeRO 1 and 2 partition nothing else
+    if args.eval_only:  # an optimizer takes memory, and ZeRO 1 and 2 partition nothing else
         unused = ["optimizer", "scheduler"] + ["zero_optimization"] * (resolved.zero_optimization_stage < 3)
         ds_config = {name: value for name, value in ds_config.items() if name not in unused}
     return ds_config, resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
 
 
-def open_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, parts: list[Pairs]) -> tuple:
-    """Lock the metrics, then load the newest checkpoint, if all that decides is as it was. Returns both."""
+def resume_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, parts: list[Pairs]) -> tuple:
+    """Lock the metrics, then load the newest checkpoint, if all that fingerprint is as it was. Returns both."""
     flags = ("model_name_or_path", "seed", "num_train_epochs", "dropout", "compute_fp32_loss", "loss_on")
-    decides = {f"--{name}": getattr(args, name) for name in flags}
-    decides |= {f"{name} in the DeepSpeed config": value for name, value in config.items()}
-    decides |= {"the data": data_fingerprint(parts), "the number of ranks": dist.get_world_size()}
+    fingerprint = {f"--{name}": getattr(args, name) for name in flags}
+    fingerprint |= {f"{name} in the DeepSpeed config": value for name, value in config.items()}
+    fingerprint |= {"the data": data_fingerprint(parts), "the number of ranks": dist.get_world_size()}
     folder, files = Path(args.output_dir), []
 
     def lock() -> None:
-        with blame(f"--output_dir {folder}: cannot be written, pass another"):
+        with explain(f"--output_dir {folder}: cannot be written, pass another"):
             folder.mkdir(parents=True, exist_ok=True)
             files.append((folder / "metrics.jsonl").open("a", encoding="utf-8"))
-        with blame(f"{files[0].name}: another run is writing here, end its processes first"):
+        with explain(f"{files[0].name}: another run is writing here, end its processes first"):
             fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # ranks may outlive their launcher
 
     on_rank_0(lock)
     file, written = files[0] if files else io.StringIO(), 0
     if newest := newest_checkpoint(folder):
-        with blame(f"{newest}: cannot be read, delete it to go on from the one before"):
+        with explain(f"{newest}: cannot be read, delete it to go on from the one before"):
             before, written = json.loads((newest / "run.json").read_text())
-            if changed := [name for name in before | decides if before.get(name) != decides.get(name)]:
-                refuse(f"--resume: {', '.join(changed)} changed since {newest}: put it back, or start anew")
+            if changed := [
+                name for name in before | fingerprint if before.get(name) != fingerprint.get(name)
+            ]:
+                fail(f"--resume: {', '.join(changed)} changed since {newest}: put it back, or start anew")
             engine.load_checkpoint(str(newest.parent), newest.name)
         print(f"going on from {newest}")
     file.truncate(min(written, file.tell()))  # the lines after the checkpoint will be written again
-    return decides, file
+    return fingerprint, file
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -455,7 +463,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return on_rank_0(lambda: max(folder.glob("checkpoints/step-*"), default=None))
 
 
-def save_checkpoint(engine: DeepSpeedEngine, folder: Path, decides: dict, file: IO[str]) -> None:
+def save_checkpoint(engine: DeepSpeedEngine, folder: Path, fingerprint: dict, file: IO[str]) -> None:
     """Write a DeepSpeed checkpoint, name it when it is whole, and drop all but the newest two."""
     errors, save = [], engine.checkpoint_engine.save
 
@@ -468,12 +476,12 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, decides: dict, file: 
     def finish() -> None:
         if failed := list(filter(None, everyones)):
             raise OSError(failed[0])
-        (folder / "unfinished" / "run.json").write_text(json.dumps([decides, file.tell()]))
+        (folder / "unfinished" / "run.json").write_text(json.dumps([fingerprint, file.tell()]))
         os.replace(folder / "unfinished", folder / f"step-{engine.global_steps:09d}")
         for old in sorted(folder.glob("step-*"))[:-2]:
             shutil.rmtree(old)
 
-    with blame(f"{folder}: a checkpoint cannot be written, the older ones are whole"):
+    with explain(f"{folder}: a checkpoint cannot be written, the older ones are whole"):
         on_rank_0(lambda: (folder / "unfinished").mkdir(parents=True, exist_ok=True))
         engine.checkpoint_engine.save = save_or_note
         engine.save_checkpoint(str(folder), "unfinished", save_latest=False)
@@ -512,75 +520,83 @@ def stop(message: str, suspects: Pairs, output_dir: Path) -> NoReturn:
     rows = sum(everyones, [])
     rows = ", ".join(rows[:8]) + f" and {len(rows) - 8} more" * (len(rows) > 8)
     newest = newest_checkpoint(output_dir) or "none, see --save_interval"
-    refuse(f"{message}: see {rows}, or lower the learning rate; last checkpoint: {newest}")
+    fail(f"{message}: see {rows}, or lower the learning rate; last checkpoint: {newest}")
 
 
 def main() -> None:
     args = parse_args()
-    ds_config, micro, accumulation = start(args)
+    ds_config, micro_batch, accumulation = start(args)
     rank, ranks, output_dir = dist.get_rank(), dist.get_world_size(), Path(args.output_dir)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, model, train_pairs, eval_pairs = prepare(args, ds_config, folder)
-    count = micro * accumulation * ranks  # pairs of a step
-    epoch_steps = len(train_pairs) // count
+    pairs_per_step = micro_batch * accumulation * ranks
+    epoch_steps, unused_pairs = divmod(len(train_pairs), pairs_per_step)
     total_steps = args.num_train_epochs * epoch_steps
-    if args.num_train_epochs and not epoch_steps:
-        refuse(f"{len(train_pairs)} training pairs remain, {count} are needed: pass more, or a smaller batch")
+    if not args.eval_only and not epoch_steps:
+        fail(
+            f"{len(train_pairs)} training pairs remain, {pairs_per_step} are needed: pass more, or a smaller batch"
+        )
     schedule = ds_config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
         schedule["total_num_steps"] = max(total_steps, schedule.get("warmup_num_steps", 0) + 1)
-    with blame(f"--deepspeed_config {args.deepspeed_config}: DeepSpeed refuses it, mend it"):
+    with explain(f"--deepspeed_config {args.deepspeed_config}: DeepSpeed does not accept it, fix it"):
         engine, *_ = deepspeed.initialize(model=model, config=ds_config)
-    if not total_steps:
+    if args.eval_only:
         print(json.dumps(evaluate(engine, eval_pairs, tokenizer)))
         return show_rewards(engine, eval_pairs, tokenizer)
-    decides, file = open_run(engine, args, ds_config, [train_pairs, eval_pairs])
-    print(f"{epoch_steps} steps an epoch, which skip {len(train_pairs) % count} pairs, others in each epoch")
-    done = engine.global_steps
-    if not done:
+
+    fingerprint, file = resume_run(engine, args, ds_config, [train_pairs, eval_pairs])
+    print(f"{epoch_steps} steps an epoch, which skip {unused_pairs} pairs, others in each epoch")
+    step = engine.global_steps  # 0, or that of the checkpoint
+    if not step:
         log(engine, file, evaluate(engine, eval_pairs, tokenizer))
-    shuffled = functools.lru_cache(1)(lambda epoch: in_order(train_pairs, epoch))
-    progress = bar(range(done, total_steps), initial=done, total=total_steps, desc="training")
-    for step in progress:
-        engine.train()
-        began, sums = time.perf_counter(), torch.zeros(5, dtype=torch.float64, device=engine.device)
-        at = step % epoch_steps * count
-        pairs = deal(shuffled(step // epoch_steps)[at : at + count], ranks)[rank]
-        for number in range(accumulation):
-            # Dropout depends on seed, batch and rank alone: a resumed run draws what the first would have.
-            torch.manual_seed(args.seed + (step * accumulation + number) * ranks + rank)
-            batch = collate(pairs[number * micro : (number + 1) * micro], tokenizer)
-            output = engine(**batch)
-            loss, margin = (
-                output["loss"].detach(),
-                (output["chosen_mean_scores"] - output["rejected_mean_scores"]).detach(),
-            )
-            engine.backward(output["loss"])
-            if number + 1 < accumulation:
-                engine.step()  # counts the micro-batch; the optimizer steps below
-            parts = ~loss.isfinite(), loss * micro, (margin.sign() + 1).sum() / 2, margin.sum()
-            sums[:4] += torch.stack([part.double() for part in parts])
-            sums[4] += int(batch["attention_mask"].sum())
-        bad = sums[0].clone()
-        dist.all_reduce(sums)
-        failed, loss, accuracy, margin, tokens = sums.tolist()  # the only device sync before the optimizer's
-        if failed:
-            stop(f"step {step + 1}: the loss is not finite", pairs if bad else [], output_dir)
-        loss, accuracy, margin, tokens = (x / count for x in (loss, accuracy, margin, tokens))
-        learning_rate, grad_norm = engine.get_lr()[0], take_step(engine)
-        if not math.isfinite(grad_norm or 0):
-            stop(f"step {step + 1}: the gradient is not finite (loss {loss:.4g})", pairs, output_dir)
-        seconds = time.perf_counter() - began
-        log(engine, file, {
-            "epoch": (step + 1) / epoch_steps, "loss": loss, "accuracy": accuracy, "margin": margin,
-            "learning_rate": learning_rate, "grad_norm": grad_norm, "skipped_steps": engine.skipped_steps,
-            "pairs_per_second": count / seconds, "tokens_per_second": tokens * count / seconds,
-        })  # fmt: skip
-        progress.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}", refresh=False)
-        if step + 1 == total_steps or args.eval_interval and (step + 1) % args.eval_interval == 0:
-            log(engine, file, evaluate(engine, eval_pairs, tokenizer))
-        if args.save_interval and (step + 1) % args.save_interval == 0:
-            save_checkpoint(engine, output_dir / "checkpoints", decides, file)
+    progress = bar(initial=step, total=total_steps, desc="training")
+    for epoch in range(step // epoch_steps, args.num_train_epochs):
+        shuffled = shuffle_prompts(train_pairs, epoch)
+        for at in range(step % epoch_steps * pairs_per_step, epoch_steps * pairs_per_step, pairs_per_step):
+            engine.train()
+            began = time.perf_counter()
+            pairs = deal(shuffled[at : at + pairs_per_step], ranks)[rank]
+            sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
+            for number in range(accumulation):
+                # Dropout depends on seed, step and rank alone: a resumed run draws what the first would have.
+                torch.manual_seed(args.seed + (step * accumulation + number) * ranks + rank)
+                batch = collate(pairs[number * micro_batch : (number + 1) * micro_batch], tokenizer)
+                output = engine(**batch)
+                engine.backward(output["loss"])
+                if number + 1 < accumulation:
+                    engine.step()  # counts the micro-batch; the optimizer steps below
+                loss, chosen, rejected = (output[name].detach().double() for name in OUTPUTS)
+                wins = ((chosen - rejected).sign() + 1).sum() / 2  # a tie is half right
+                sums[:4] += torch.stack(
+                    [~loss.isfinite(), loss * micro_batch, wins, (chosen - rejected).sum()]
+                )
+                sums[4] += int(batch["attention_mask"].sum())
+            mine_failed = sums[0].clone()
+            dist.all_reduce(sums)
+            failed, loss, accuracy, margin, tokens = (
+                sums.tolist()
+            )  # the only device sync before the optimizer's
+            loss, accuracy, margin = (total / pairs_per_step for total in (loss, accuracy, margin))
+            step += 1
+            if failed:
+                stop(f"step {step}: the loss is not finite", pairs if mine_failed else [], output_dir)
+            learning_rate, grad_norm = engine.get_lr()[0], take_step(engine)
+            if not math.isfinite(grad_norm or 0):
+                stop(f"step {step}: the gradient is not finite (loss {loss:.4g})", pairs, output_dir)
+            seconds = time.perf_counter() - began
+            log(engine, file, {
+                "epoch": step / epoch_steps, "loss": loss, "accuracy": accuracy, "margin": margin,
+                "learning_rate": learning_rate, "grad_norm": grad_norm, "skipped_steps": engine.skipped_steps,
+                "pairs_per_second": pairs_per_step / seconds, "tokens_per_second": tokens / seconds,
+            })  # fmt: skip
+            progress.update()
+            progress.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}", refresh=False)
+            if step == total_steps or args.eval_interval and step % args.eval_interval == 0:
+                log(engine, file, evaluate(engine, eval_pairs, tokenizer))
+            if args.save_interval and step % args.save_interval == 0:
+                save_checkpoint(engine, output_dir / "checkpoints", fingerprint, file)
+    progress.close()
     save_critic_model(engine, tokenizer, output_dir)
     print(f"critic saved: load it with create_critic_model({str(output_dir)!r}, ..., rlhf_training=True)")
     show_rewards(engine, eval_pairs, tokenizer)
