@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,7 +149,7 @@ class RewardModel(nn.Module):
         check_decoder(base_model.config, type(base_model).__name__)
         if isinstance(base_model, PreTrainedModel) and base_model.base_model is not base_model:
             raise ValueError(
-                f"{type(base_model).__name__} has a head: pass its base_model, as AutoModel loads it"
+                f"{type(base_model).__name__} has a head: pass its base_model, as AutoModel does"
             )
         self.config = base_model.config
         self.PAD_ID = tokenizer.pad_token_id
@@ -234,14 +234,9 @@ class RewardModel(nn.Module):
         return {"values": values, "chosen_end_scores": rewards.gather(1, last).squeeze(1)}
 
     def _align(self, input_ids: Tensor, attention_mask: Tensor | None, **others: None) -> tuple[Tensor, ...]:
-        harmless = (
-            "return_dict",
-            "num_items_in_batch",
-        )  # trainers pass these by themselves, others as None or False
-        given = [
-            name for name, x in others.items() if x is not None and x is not False and name not in harmless
-        ]
-        if given:
+        # Trainers pass some arguments by themselves: these two, and others as None or False.
+        others = {name: x for name, x in others.items() if name not in ("return_dict", "num_items_in_batch")}
+        if given := [name for name, x in others.items() if x is not None and x is not False]:
             raise ValueError(f"{', '.join(given)}: not supported, leave it out")
         return align(input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning)
 
@@ -317,32 +312,33 @@ def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, traine
     except Exception as error:  # each format has its own
         raise ValueError(f"the weights in {path} cannot be read, download them again: {error}") from error
     model.base_model_prefix = prefix
+    check_keys(
+        path, trained, *(map(str, info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched"))
+    )
+    return model
+
+
+def check_keys(path: str, trained: bool, *keys: Iterable[str]) -> None:
+    missing, unexpected, mismatched = map(sorted, keys)
     # Causal masks, which transformers once saved with GPT-2, GPT-J, GPT-Neo and GPT-BigCode.
-    masks = r".*\.attn(\.attention)?\.(masked_)?bias$"
-    unexpected = [
-        key.removeprefix(f"{prefix}.") for key in info["unexpected_keys"] if not re.match(masks, key)
-    ]
-    missing, mismatched = list(info["missing_keys"]), [str(key) for key in info["mismatched_keys"]]
+    unexpected = [key for key in unexpected if not re.search(r"\.attn(\.attention)?\.(masked_)?bias$", key)]
     no_head, hint = "score.weight" in missing, ""
     if not trained:  # other weights are dropped: a vision tower, the language model's head, a value head
         if not no_head:
             warnings.warn(f"the value head of {path} is reinitialised: rlhf_training=True keeps it")
+        missing, mismatched = ([k for k in keys if "score.weight" not in k] for keys in (missing, mismatched))
         unexpected = []
-        missing, mismatched = (
-            [key for key in keys if "score.weight" not in key] for keys in (missing, mismatched)
-        )
     elif any(key.startswith("score.") for key in unexpected):
         hint = "; a critic's head is one row without a bias (here called score): this one cannot be loaded"
-    elif no_head and [key for key in unexpected if not re.match("lm_head|embed_out|.*embed_positions", key)]:
+    elif no_head and not all(re.search("lm_head|embed_out", key) for key in unexpected):
         hint = "; if one of these is the head, rename its key to score.weight, of shape (1, hidden_size)"
     elif no_head:
         hint = "; without a value head it looks like a base model: train it first (rlhf_training=False)"
-    kinds = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
+    found = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
     if problems := [
-        f"{kind} {', '.join(keys[:5])}" + ", ..." * (len(keys) > 5) for kind, keys in kinds.items() if keys
+        f"{kind} {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}" for kind, keys in found.items() if keys
     ]:
         raise ValueError(f"the weights in {path} do not fit: {'; '.join(problems)}{hint}")
-    return model
 
 
 def override_dropout(config: PretrainedConfig, dropout: float) -> None:
@@ -360,15 +356,11 @@ def read_config(path: str, dropout: float | None) -> PretrainedConfig:
     for pattern, what in NO_MODEL.items():
         if any(Path(path).glob(pattern)):
             raise ValueError(f"{path} {what}")
-    given = AutoConfig.from_pretrained(
-        path, trust_remote_code=False
-    )  # custom code is an error, never a question
-    # The text decoder of a multimodal model is a critic like any other.
+    # Custom code is an error and never a question. A multimodal model's text decoder is a critic like any other.
+    given = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config = given if given.is_encoder_decoder else given.get_text_config(decoder=True)
-    mappings = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    decodes = any(type(given) in mapping for mapping in mappings) or "SequenceClass" in str(
-        given.architectures
-    )
+    decoders = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    decodes = any(type(given) in mapping for mapping in decoders) or "SequenceCl" in str(given.architectures)
     if not decodes or type(config) not in transformers.MODEL_MAPPING:
         raise ValueError(f"{path} is a {given.model_type} model: a critic needs a causal decoder")
     check_decoder(config, path)
@@ -458,19 +450,16 @@ def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | 
     config.problem_type = "regression"  # else transformers' pipeline returns the sigmoid of the score
     with torch.device("meta"):  # a template knows names, shards and config, and holds no data
         template = reward_class(config)(config).to(model.rwtransformer.dtype)
-    state, names = (
-        model.state_dict(keep_vars=True),
-        {"rwtransformer": template.base_model_prefix, "v_head": "score"},
-    )
-    state = {
-        re.sub(r"^\w+", lambda match: names.get(match[0], match[0]), key): value
-        for key, value in state.items()
-    }
+    names = {"rwtransformer": template.base_model_prefix, "v_head": "score"}
+    parts = ((key.partition("."), value) for key, value in model.state_dict(keep_vars=True).items())
+    state = {f"{names.get(first, first)}.{rest}": value for (first, _, rest), value in parts}
     if differing := sorted(state.keys() ^ template.state_dict().keys()):
-        remedy = {"lora_": "merge the adapters first (merge_and_unload)", "_orig_mod": "pass model._orig_mod"}
-        remedy = next(
-            (remedy[part] for part in remedy if part in str(differing)), "these keys are surplus or missing"
-        )
+        remedies = {
+            "lora_": "merge the adapters first (merge_and_unload)",
+            "_orig_mod": "pass model._orig_mod",
+        }
+        found = [remedy for part, remedy in remedies.items() if part in str(differing)]
+        remedy = found[0] if found else "these keys are surplus or missing"
         raise ValueError(f"not saved as {type(template).__name__}: {remedy}: {', '.join(differing[:4])}")
     gather = contextlib.nullcontext
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -482,9 +471,7 @@ def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | 
     on_rank_0(lambda: write_folder(Path(output_dir), template, state, tokenizer))
 
 
-def write_folder(
-    final: Path, template: PreTrainedModel, state: dict[str, Tensor], tokenizer: Tokenizer
-) -> None:
+def write_folder(final: Path, template: PreTrainedModel, state: dict, tokenizer: Tokenizer) -> None:
     staging = final / ".writing"
     try:
         shutil.rmtree(staging, ignore_errors=True)

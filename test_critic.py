@@ -873,7 +873,17 @@ def test_bad_arguments_of_create(tokenizer, tmp_path):
     bare.pad_token = None
     reward = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
     t5 = write_other(tmp_path / "t5", "t5", vocab_size=96, d_model=32, num_layers=1)
-    bert, both_ways = write_other(tmp_path / "bert", "bert", **SIZES), tmp_path / "open"
+    bert, both_ways = (
+        write_other(
+            tmp_path / "bert",
+            "bert",
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        ),
+        tmp_path / "open",
+    )
     edit(Path(write_base(both_ways, "llama", tokenizer), "config.json"), is_causal=False)
     for path, which, options, message in [
         (base, tokenizer, {"dropout": 1.0}, "dropout is 1.0"),
@@ -1064,7 +1074,7 @@ def custom_code(folder):
 
 
 OTHERS_FOLDERS = {
-    "an unknown head": (renamed("reward_head"), "unexpected reward_head.weight; .*rename its key to score.weight"),
+    "an unknown head": (renamed("reward_head"), "unexpected model.reward_head.weight; .*rename its key to score.weight"),
     "a head with a bias": (renamed("v_head", ["v_head.bias"]), "unexpected score.bias; a critic's head is one row without a bias"),
     "trl's value head": (renamed("v_head.summary", ["v_head.summary.bias"]), "unexpected score.summary.*without a bias"),
     "a PEFT adapter": (adapter, "is a PEFT adapter: merge it .*merge_and_unload"),
@@ -1206,6 +1216,15 @@ def test_lora_by_peft(task, tokenizer, tmp_path):
         model = trained.merge_and_unload()
     save_critic_model(model, tokenizer, tmp_path / "critic")
     same(read_critic(tmp_path / "critic")(**batch)["chosen_mean_scores"], scores, "merged")
+
+
+def test_the_readmes_lora_runs_as_printed(tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```python\n(from peft.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
+    scope = {"model": make_model("llama", tokenizer), "batch": as_a_batch(some_pairs(3)), "tokenizer": tokenizer}
+    exec(block, scope | {"save_critic_model": save_critic_model})
+    assert read_critic(tmp_path / "merged")(**scope["batch"])["loss"].isfinite()
 
 
 def test_other_losses_need_the_returned_scores_only(tokenizer):
