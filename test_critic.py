@@ -1497,12 +1497,19 @@ def test_loop_every_row_form_as_the_model_sees_it(form, talker, tmp_path):
 def test_loop_pairs_of_one_prompt_are_found_in_every_form(talker, tmp_path):
     import train_reward
 
-    texts = [{"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " 1", "rejected": " 2"}]
-    texts += [{key: f"\n\nHuman: Q\n\nAssistant: {n}" for key, n in (("chosen", 3), ("rejected", 4))}]
     forms = "messages", "complete dialogues", "a prompt text beside them", "messages alone", "ranked messages"
-    path = write_rows(tmp_path / "rows.jsonl", [*texts, *(ROWS[form][0] for form in forms)])
-    first, second, *others = train_reward.read_pairs([str(path)], "train", talker, 512, 0).prompts.tolist()
-    assert first == second and len(others) == 5 and {*others} != {first} and len({*others}) == 1
+    groups = [
+        [
+            {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " 1", "rejected": " 2"},
+            {"chosen": "\n\nHuman: Q\n\nAssistant: 3", "rejected": "\n\nHuman: Q\n\nAssistant: 4"},
+        ],
+        [{"prompt": "Q", "chosen": "\n1", "rejected": "\n2"}, {"chosen": "Q\nyes", "rejected": "Q\nyet"}],
+        [ROWS[form][0] for form in forms],
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", [row for group in groups for row in group])
+    prompts = train_reward.read_pairs([str(path)], "train", talker, 512, 0).prompts.tolist()
+    found = [{prompts.pop(0) for _ in group} for group in groups]
+    assert [len(group) for group in found] == [1, 1, 1] and len(set().union(*found)) == 3
 
 
 def test_loop_rows_of_a_hub_dataset(talker, monkeypatch):
@@ -1517,9 +1524,10 @@ def test_loop_rows_of_a_hub_dataset(talker, monkeypatch):
     load = lambda path, split: said.append((path, split)) or rows
     monkeypatch.setitem(sys.modules, "datasets", argparse.Namespace(load_dataset=load))
     tokenizer = copy.deepcopy(talker)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.keys() | sort | join(' ') }};{% endfor %}"
+    show = "{{ m.keys() | sort | join(' ') }} {{ m.tool_calls[0].arguments if m.tool_calls }};"
+    tokenizer.chat_template = f"{{% for m in messages %}}{show}{{% endfor %}}"
     (pair,) = train_reward.read_pairs(["some/pairs"], "test", tokenizer, 512, 0)
-    assert tokenizer.decode(pair["chosen"]) == "content role;role tool_calls;content name role;<eos>"
+    assert tokenizer.decode(pair["chosen"]) == "content role ;role tool_calls {};content name role ;<eos>"
     assert pair["where"] == "some/pairs:1" and said == [("some/pairs", "test")]
 
 
@@ -1564,7 +1572,7 @@ def test_loop_batches_of_texts_become_the_tokens_of_single_ones(talker, tmp_path
     pairs = train_reward.read_pairs([str(path)], "train", talker, 512, 0)
     assert [[pair[side] for side in SIDES] for pair in pairs] == expected
     assert [pair["where"] for pair in pairs] == [f"{path}:{n}" for n in range(1, 1301)]
-    assert pairs.ids.dtype == torch.int32 and len(pairs.ids) <= sum(
+    assert pairs.ids.dtype == torch.int32 and len(pairs.ids) < sum(
         len(text) for pair in expected for text in pair
     )
     assert pairs.table.nbytes == 64 * len(pairs) and pairs[:9].ids.data_ptr() == pairs.ids.data_ptr()
@@ -1597,6 +1605,7 @@ def test_loop_the_fingerprint_of_the_data_changes_with_all_that_decides(talker, 
     versions = {
         "as they are": [rows, []], "one held out": [rows[:3], rows[3:]], "another order": [rows[::-1], []],
         "another token": [[first | {"chosen": " yet"}, *rows[1:]], []], "one less": [rows[:3], []],
+        "another rejected token": [[first | {"rejected": " not"}, *rows[1:]], []],
         "swapped": [[first | {"chosen": " no0", "rejected": " yes"}, *rows[1:]], []],
         "another prompt": [[{"prompt": "Q", "chosen": "0 yes", "rejected": "0 no0"}, *rows[1:]], []],
     }  # fmt: skip
@@ -2142,6 +2151,7 @@ BAD_INPUT = {
     "every pair too long": (with_data(GOOD | {"prompt": "w3 " * 300}), "0 pairs remain.*larger --max_seq_len"),
     "one pair only": (with_data(GOOD), "0 training pairs remain, 4 are needed"),
     "a message without role": (with_talk([{"content": "w3"}]), AT + r'"chosen" is \[\{"content": "w3"\}\]; ' + MESSAGES),
+    "a long list of no messages": (with_talk([{"content": "w3 " * 99}]), AT + '"chosen" is .*' + MESSAGES),
     "a role that is a number": (with_talk([{"role": 3, "content": "w3"}]), AT + '"chosen" is .*' + MESSAGES),
     "an unknown role": (with_talk([{"role": "robot", "content": "w3"}]), AT + "the tokenizer's chat template fails on these messages .*role robot"),
     "a template's long complaint": (with_talk([{"role": "robot " * 99, "content": "w3"}]), AT + "the tokenizer's chat template fails on these"),
