@@ -986,6 +986,20 @@ def test_a_full_disk_names_the_folder_and_leaves_the_old_critic(tokenizer, tmp_p
         save_critic_model(model, tokenizer, folder / "config.json" / "below")
 
 
+@pytest.mark.parametrize("family", ["olmoe", "glm4_moe", "minimax_m2", "granitemoe"])
+@pytest.mark.filterwarnings("ignore:transformers has no .*ForSequence")
+def test_experts_of_a_model_that_transformers_loaded_are_saved(family, tokenizer, tmp_path):
+    if family not in transformers.CONFIG_MAPPING:
+        return
+    AutoModel.from_config(tiny_config(family)).save_pretrained(tmp_path / "base")
+    model = RewardModel(AutoModel.from_pretrained(tmp_path / "base"), tokenizer).eval()
+    ids, mask = pad_rows(random_rows(2, pads=False))
+    model(ids, mask)["loss"].backward()
+    save_critic_model(model, tokenizer, tmp_path / "critic")
+    loaded = read_critic(tmp_path / "critic")
+    close(end_scores(loaded, ids, mask), end_scores(model, ids, mask), "loaded")
+
+
 # ---- multimodal checkpoints, heads of others, clients ----
 
 EYES = {
