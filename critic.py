@@ -159,7 +159,7 @@ class RewardModel(nn.Module):
         self.rwtransformer = base_model
         width = getattr(self.config, "word_embed_proj_dim", self.config.hidden_size)  # OPT-350m: narrower
         self.v_head = ValueHead(width, compute_fp32_loss, dtype=base_model.dtype, device=base_model.device)
-        # Moves with the model and tells its device; under ZeRO-3 with offload the parameters lie on the CPU.
+        # Moves with the model, so its device is the model's; under ZeRO-3 with offload the parameters lie on the CPU.
         self.register_buffer("on_device", torch.empty(0, device=base_model.device), persistent=False)
 
     def gradient_checkpointing_enable(self, options: dict[str, Any] | None = None, **others: Any) -> None:
@@ -280,7 +280,7 @@ def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 # How others name what is `score` here: DeepSpeed-Chat, OpenRLHF, UltraRM and Eurus, PKU Beaver.
 HEADS = "v_head|value_head|regression_head|score_head"
-# Folders that hold no model: a file that tells, and what the folder is.
+# Folders that hold no model: a file in it, and what the folder is.
 NO_MODEL = {
     "adapter_config.json": "is a PEFT adapter: merge it into its base model (merge_and_unload) and save that",
     "*model_states.pt": "is a DeepSpeed checkpoint: pass the folder that save_critic_model wrote, or --resume",
@@ -388,7 +388,7 @@ def create_critic_model(
             with one label, which TRL and OpenRLHF write too; safetensors or pickle, whole or sharded.
         tokenizer: with a pad_token_id; embeddings grow to its length, rounded up to a multiple of 8.
         ds_config: the DeepSpeed config: bf16 or fp16 sets the dtype (else float32), ZeRO stage 3 partitions.
-        rlhf_training: load backbone and head from a reward checkpoint, not a backbone and a fresh head.
+        rlhf_training: load backbone and head from a reward checkpoint, not a backbone and a newly initialised head.
         dropout: in [0, 1), overrides every dropout probability of the config; None leaves them.
         zero_stage: the original's argument; the stage in `ds_config` is what counts.
 
@@ -675,7 +675,7 @@ def tree_attention(
         q, k, v = (x.index_select(0, nodes).unflatten(0, (rows, -1)).transpose(1, 2) for x, nodes in gathered)
         if bias is None:
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **settings)
-        else:  # with a mask few kernels take grouped heads: the query heads of a KV head become more queries
+        else:  # few kernels support a mask with grouped heads: the query heads of a KV head become more queries
             q = q.reshape(rows, kv_heads, -1, q.size(3))
             x = F.scaled_dot_product_attention(q, k, v, bias, **settings)
         outputs.append(x.reshape(rows, heads, -1, v.size(3)).transpose(1, 2).flatten(0, 1))

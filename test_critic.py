@@ -1236,7 +1236,11 @@ def test_the_readmes_lora_runs_as_printed(tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     block = re.search(r"```python\n(from peft.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
-    scope = {"model": make_model("llama", tokenizer), "batch": as_a_batch(some_pairs(3)), "tokenizer": tokenizer}
+    scope = {
+        "model": make_model("llama", tokenizer),
+        "batch": as_a_batch(some_pairs(3)),
+        "tokenizer": tokenizer,
+    }
     exec(block, scope | {"save_critic_model": save_critic_model})
     assert read_critic(tmp_path / "merged")(**scope["batch"])["loss"].isfinite()
 
@@ -1967,6 +1971,12 @@ if fault == "critic" and rank == 0:
     def no_space(*arguments):
         raise OSError("out cannot be written (No space left on device)")
     critic.write_folder = no_space
+if fault == "metrics" and rank == 0:
+    def no_space(*words, file=None, **options):
+        if file is not None and getattr(file, "name", "").endswith("metrics.jsonl"):
+            raise OSError("No space left on device")
+        builtins.print(*words, file=file, **options)
+    train_reward.print = no_space
 if fault == "checkpoint" and rank == 0:
     save = torch.save
     def no_space(state, path, **options):
@@ -1982,12 +1992,13 @@ except (SystemExit, OSError) as error:
 
 
 def test_loop_an_error_on_one_rank_ends_all_with_that_error(training, tmp_path):
-    """Rank 1's loss is not finite; rank 0 cannot write the critic, or a checkpoint. No rank exits by itself: each
+    """Rank 1's loss is not finite; rank 0 cannot write the critic, metrics or a checkpoint. No rank exits by itself: each
     notes the error that reached it. Seconds, not the six hours after which a collective gives up."""
     (tmp_path / "faults.py").write_text(RANK_FAULTS)
     messages = {
         "loss": "step 2: the loss is not finite: see .*train.jsonl.gz:",
         "critic": "out cannot be written .No space left",
+        "metrics": "metrics cannot be written, free space and --resume .No space left",
         "checkpoint": "checkpoint cannot be written, the older ones are whole .*No space left",
     }
 

@@ -48,10 +48,10 @@ def parse_args() -> argparse.Namespace:
     add("--model_name_or_path", help="pretrained decoder, folder or hub id; none: made on the spot")
     add("--data_path", nargs="+", help="pairs: .jsonl[.gz], hub owner/name; none: Python's manual")
     add("--eval_path", nargs="+", help="held-out pairs; none: those of a tenth of the prompts")
-    add("--max_seq_len", type=int, default=512, help="tokens; pairs with a longer text are left out")
+    add("--max_seq_len", type=int, default=512, help="tokens; pairs with a longer text are dropped")
     add("--num_train_epochs", type=int, default=1, help="passes over the data")
     add("--output_dir", default="output", help="where critic, metrics.jsonl and checkpoints go")
-    add("--seed", type=int, default=1234, help="of the fresh head, the order of the data and dropout")
+    add("--seed", type=int, default=1234, help="of the value head, the order of the data and dropout")
     add("--dropout", type=float, help="overrides every dropout probability of the model")
     add("--compute_fp32_loss", action=yes_or_no, default=True, help="value head and loss in float32")
     add("--loss_on", choices=["tokens", "end"], default="tokens", help="the positions that the loss reads")
@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     add("--eval_interval", type=int, default=0, help="optimizer steps between evaluations (0: none between)")
     add("--save_interval", type=int, default=0, help="optimizer steps between checkpoints (0: none)")
     add("--eval_only", action="store_true", help="only evaluate a trained reward model on --eval_path")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir, if any")
+    add("--resume", action="store_true", help="resume from the newest checkpoint in --output_dir, if any")
     add("--deepspeed_config", default=f"{Path(__file__).parent}/ds_config.json", help="batch, lr, ZeRO")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
@@ -205,7 +205,7 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
         for file, path in enumerate(paths)
         for line, row in read_rows(path, split)
     )
-    # A fast tokenizer uses its threads on a batch: about a thousand texts, of which all need BOS or none.
+    # A fast tokenizer uses its threads on a batch: about a thousand texts, which all need BOS or all have it.
     for (_, bos), group in itertools.groupby(enumerate(rows), lambda item: (item[0] // 500, item[1][-1])):
         batch, starts = [row for _, row in group], {}
         texts = list({text: None for *_, pairs, _ in batch for pair in pairs for text in pair})
@@ -304,9 +304,9 @@ def demonstration(folder: str, seed: int) -> str:
     rng, rows, path = random.Random(seed), [], Path(folder, "manual.jsonl")
     for words in (topics[name].split() for name in sorted(topics)):
         for at in range(0, len(words) - 39, 90):
-            prompt, answer = words[at : at + 12], words[at + 12 : at + 40]
-            garbled = ["".join(rng.sample(w, len(w))) if rng.random() < 0.25 else w for w in answer]
-            prompt, chosen, rejected = (" ".join(part) for part in (prompt, answer, garbled))
+            prompt, response = words[at : at + 12], words[at + 12 : at + 40]
+            garbled = ["".join(rng.sample(w, len(w))) if rng.random() < 0.25 else w for w in response]
+            prompt, chosen, rejected = (" ".join(part) for part in (prompt, response, garbled))
             rows.append({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"})
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     bpe, texts = ByteLevelBPETokenizer(), [row["prompt"] + row["chosen"] for row in rows]
@@ -361,14 +361,14 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
 
 @torch.no_grad()
 def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dict[str, float]:
-    """Accuracy, loss and scores on held-out pairs, to the bit the same on any number of ranks: the batches do
+    """Accuracy, loss and scores on held-out pairs, bitwise identical on any number of ranks: the batches do
     not depend on it, and each rank takes its share. A tie is half right."""
     size, rank, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_rank(), dist.get_world_size()
     results = torch.zeros(3, len(pairs), dtype=torch.float64, device=engine.device)
     engine.eval()
     for at in bar(range(0, len(pairs), size * ranks), desc="evaluating", delay=2, leave=False):
         mine = slice(at + rank * size, at + (rank + 1) * size)
-        # Under ZeRO-3 every rank must take part in every forward: one without a share repeats a pair in vain.
+        # Under ZeRO-3 every rank must take part in every forward: one without pairs repeats one.
         output = engine(**collate(pairs[mine] or pairs[:1], tokenizer))
         for result, name in zip(results, OUTPUTS):
             result[mine] = output[name].double()
@@ -407,10 +407,10 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if "OMP_NUM_THREADS" not in os.environ:  # else the ranks of one machine fight for its cores
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))
-    logging.set_verbosity_error()  # of transformers, which would warn that a fresh head is fresh
+    logging.set_verbosity_error()  # else transformers warns that the head is newly initialised
     deepspeed.init_distributed(timeout=timedelta(hours=6))  # rank 0 may write 140 GB to a slow disk meanwhile
     if dist.get_rank() > 0:
-        sys.stdout = io.StringIO()  # one rank tells
+        sys.stdout = io.StringIO()  # only rank 0 prints
     folder, path = Path(args.output_dir), args.deepspeed_config
     names = "metrics.jsonl", "checkpoints", "config.json"
     found = on_rank_0(lambda: [name for name in names if (folder / name).exists()])
@@ -429,7 +429,8 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
 
 
 def resume_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, parts: list[Pairs]) -> tuple:
-    """Lock the metrics, then load the newest checkpoint, if all that fingerprint is as it was. Returns both."""
+    """Lock metrics.jsonl, then load the newest checkpoint, if the settings are still those of its fingerprint.
+    Returns the fingerprint and the file."""
     flags = ("model_name_or_path", "seed", "num_train_epochs", "dropout", "compute_fp32_loss", "loss_on")
     fingerprint = {f"--{name}": getattr(args, name) for name in flags}
     fingerprint |= {f"{name} in the DeepSpeed config": value for name, value in config.items()}
@@ -446,14 +447,14 @@ def resume_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, 
     on_rank_0(lock)
     file, written = files[0] if files else io.StringIO(), 0
     if newest := newest_checkpoint(folder):
-        with explain(f"{newest}: cannot be read, delete it to go on from the one before"):
+        with explain(f"{newest}: cannot be read, delete it to resume from the one before"):
             before, written = json.loads((newest / "run.json").read_text())
             if changed := [
                 name for name in before | fingerprint if before.get(name) != fingerprint.get(name)
             ]:
                 fail(f"--resume: {', '.join(changed)} changed since {newest}: put it back, or start anew")
             engine.load_checkpoint(str(newest.parent), newest.name)
-        print(f"going on from {newest}")
+        print(f"resumed from {newest}")
     file.truncate(min(written, file.tell()))  # the lines after the checkpoint will be written again
     return fingerprint, file
 
@@ -490,12 +491,18 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, fingerprint: dict, fi
         on_rank_0(finish)
 
 
-def log(engine: DeepSpeedEngine, file: IO[str], metrics: dict[str, Any]) -> None:
+def log(engine: DeepSpeedEngine, file: IO[str], metrics: dict[str, Any]) -> str:
+    """Write metrics on rank 0. Returns the error, if any: the next step ends all ranks with it."""
     step = engine.global_steps
-    print(json.dumps({"step": step} | metrics), file=file, flush=True)
-    engine.monitor.write_events([(f"Train/{name}", m, step) for name, m in metrics.items() if m is not None])
+    try:
+        print(json.dumps({"step": step} | metrics), file=file, flush=True)
+        events = [(f"Train/{name}", value, step) for name, value in metrics.items() if value is not None]
+        engine.monitor.write_events(events)
+    except OSError as error:
+        return f"--output_dir: metrics cannot be written, free space and --resume ({error})"
     if "eval_loss" in metrics:
         print(f"\nstep {step}: {', '.join(f'{name} {m:.4g}' for name, m in metrics.items())}", flush=True)
+    return ""
 
 
 def take_step(engine: DeepSpeedEngine) -> float | None:
@@ -547,9 +554,9 @@ def main() -> None:
 
     fingerprint, file = resume_run(engine, args, ds_config, [train_pairs, eval_pairs])
     print(f"{epoch_steps} steps an epoch, which skip {unused_pairs} pairs, others in each epoch")
-    step = engine.global_steps  # 0, or that of the checkpoint
+    step, log_error = engine.global_steps, ""  # 0, or that of the checkpoint
     if not step:
-        log(engine, file, evaluate(engine, eval_pairs, tokenizer))
+        log_error = log(engine, file, evaluate(engine, eval_pairs, tokenizer))
     progress = bar(initial=step, total=total_steps, desc="training")
     for epoch in range(step // epoch_steps, args.num_train_epochs):
         shuffled = shuffle_prompts(train_pairs, epoch)
@@ -557,7 +564,7 @@ def main() -> None:
             engine.train()
             began = time.perf_counter()
             pairs = deal(shuffled[at : at + pairs_per_step], ranks)[rank]
-            sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
+            sums = torch.zeros(6, dtype=torch.float64, device=engine.device)
             for number in range(accumulation):
                 # Dropout depends on seed, step and rank alone: a resumed run draws what the first would have.
                 torch.manual_seed(args.seed + (step * accumulation + number) * ranks + rank)
@@ -573,19 +580,21 @@ def main() -> None:
                 )
                 sums[4] += int(batch["attention_mask"].sum())
             mine_failed = sums[0].clone()
+            sums[5] = bool(log_error)
             dist.all_reduce(sums)
-            failed, loss, accuracy, margin, tokens = (
-                sums.tolist()
-            )  # the only device sync before the optimizer's
+            # The only device sync before the optimizer's.
+            failed, loss, accuracy, margin, tokens, unlogged = sums.tolist()
             loss, accuracy, margin = (total / pairs_per_step for total in (loss, accuracy, margin))
             step += 1
+            if unlogged:
+                on_rank_0(lambda: fail(log_error))
             if failed:
                 stop(f"step {step}: the loss is not finite", pairs if mine_failed else [], output_dir)
             learning_rate, grad_norm = engine.get_lr()[0], take_step(engine)
             if not math.isfinite(grad_norm or 0):
                 stop(f"step {step}: the gradient is not finite (loss {loss:.4g})", pairs, output_dir)
             seconds = time.perf_counter() - began
-            log(engine, file, {
+            log_error = log(engine, file, {
                 "epoch": step / epoch_steps, "loss": loss, "accuracy": accuracy, "margin": margin,
                 "learning_rate": learning_rate, "grad_norm": grad_norm, "skipped_steps": engine.skipped_steps,
                 "pairs_per_second": pairs_per_step / seconds, "tokens_per_second": tokens / seconds,
@@ -593,7 +602,7 @@ def main() -> None:
             progress.update()
             progress.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}", refresh=False)
             if step == total_steps or args.eval_interval and step % args.eval_interval == 0:
-                log(engine, file, evaluate(engine, eval_pairs, tokenizer))
+                log_error = log(engine, file, evaluate(engine, eval_pairs, tokenizer)) or log_error
             if args.save_interval and step % args.save_interval == 0:
                 save_checkpoint(engine, output_dir / "checkpoints", fingerprint, file)
     progress.close()
