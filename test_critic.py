@@ -2212,8 +2212,8 @@ BAD_INPUT = {
     "an unknown model type": (with_model(lambda f: edit(f / "config.json", model_type="nonesuch")), "nonesuch"),
     "a tokenizer without EOS": (with_model(lambda f: edit(f / "tokenizer_config.json", eos_token=None)), "no EOS token"),
     "no tokenizer": (with_model(lambda f: [file.unlink() for file in f.glob("tokenizer*")]), "tokenizer"),
-    "no model": (lambda f: ["only", "--data_path", "good.jsonl"], "give --model_name_or_path with data"),
-    "no data": (lambda f: ["only", "--model_name_or_path", "base"], "give --model_name_or_path with data"),
+    "no model": (lambda f: ["only", "--data_path", "good.jsonl"], "give --model_name_or_path with --data_path"),
+    "no data": (lambda f: ["only", "--model_name_or_path", "base"], "give --model_name_or_path with --data_path"),
 }  # fmt: skip
 
 
