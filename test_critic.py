@@ -553,7 +553,7 @@ NOT_EQUAL = {"axk2", "deepseek_v32", "cpmant", "zamba2", "xmod", "longcat_flash"
 
 
 if OLD:  # jamba needs kernels there; the others take other arguments, or their tiny config is wrong
-    NOT_EQUAL |= {"jamba", "openai-gpt", "xlstm", "zamba", "doge", "apertus", "recurrent_gemma"}
+    NOT_EQUAL |= {"jamba", "openai-gpt", "xlstm", "zamba", "doge", "apertus", "recurrent_gemma", "biogpt", "moshi"}
     NO_HEAD |= {"gemma3n", "gemma3n_text"}
 
 
@@ -1009,7 +1009,7 @@ EYES = {
     "deepstack_visual_indexes": [0], "head_dim": 16, "d_model": 32, "mlp_dim": 48, "projection_dim": 32,
 }  # fmt: skip
 MULTIMODAL = ["gemma3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "mistral3", "llama4", "llava", "internvl", "idefics3", "smolvlm", "aya_vision"]  # fmt: skip
-MULTIMODAL = [name for name in MULTIMODAL if name in transformers.CONFIG_MAPPING]
+MULTIMODAL = [name for name in MULTIMODAL if name in transformers.CONFIG_MAPPING and not (OLD and name == "qwen3_vl")]
 
 
 def tiny_multimodal(name):
