@@ -281,7 +281,7 @@ def collate(pairs: Pairs, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
 
 
 def data_fingerprint(parts: list[Pairs]) -> str:
-    """A digest of all prompts and token ids in their order, and of which pairs are held out."""
+    """A digest of all prompts and token ids in their order, training and held-out pairs apart."""
     digest = sha256()
     for part in parts:
         digest.update(f"{len(part)} pairs".encode())
