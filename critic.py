@@ -541,10 +541,11 @@ def block_of(queries: Tensor, keys: Tensor, device: torch.device) -> Tensor:
     """Which rows share an sdpa call, (rows, n): those with equal numbers here. queries, keys (rows,): lengths.
 
     On a CPU padding costs more than a call does, so lengths may differ by less than 64. On an accelerator a call
-    costs more: queries round up to 64, 256, 1024, ..., and the number of blocks does not grow with the rows."""
+    costs more: one block while it has at most 8192 queries, else two, split at half of the most queries."""
     if device.type == "cpu":
         return torch.stack([queries, keys], 1).add(63) // 64
-    return (queries[:, None] / 64).log2().div(2).ceil().clamp(min=0)
+    longest = queries.max()
+    return ((2 * queries > longest) & (len(queries) * longest > 8192)).long()[:, None]
 
 
 class Block(NamedTuple):
@@ -665,20 +666,21 @@ def tree_attention(
         return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
     # Qwen2-MoE passes no window; a full layer of EXAONE 4 passes None, whatever its module holds.
     window = options.get("sliding_window", getattr(module, "sliding_window", None))
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads or KV heads, D)
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (N, heads or KV heads, D)
     heads, kv_heads, outputs = query.size(1), key.size(1), []
     settings = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
     masks = tree.masks_for(window, heads // kv_heads, query.dtype)
     for block, bias in zip(tree.blocks, masks):
         rows = len(block.query_columns)
         gathered = (query, block.query_nodes), (key, block.key_nodes), (value, block.key_nodes)
-        q, k, v = (x.index_select(0, nodes).unflatten(0, (rows, -1)).transpose(1, 2) for x, nodes in gathered)
+        q, k, v = (x.index_select(0, i).view(rows, -1, *x.shape[1:]).transpose(1, 2) for x, i in gathered)
         if bias is None:
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **settings)
         else:  # few kernels support a mask with grouped heads: the query heads of a KV head become more queries
             q = q.reshape(rows, kv_heads, -1, q.size(3))
             x = F.scaled_dot_product_attention(q, k, v, bias, **settings)
-        outputs.append(x.reshape(rows, heads, -1, v.size(3)).transpose(1, 2).flatten(0, 1))
+            x = x.reshape(rows, heads, -1, v.size(3))
+        outputs.append(x.transpose(1, 2).reshape(-1, heads, v.size(3)))
     return torch.cat(outputs).index_select(0, tree.output_index)[None], None
 
 

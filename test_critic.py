@@ -470,7 +470,7 @@ def test_blocks_of_any_step_equal_the_padded_batch(name, step, tokenizer, monkey
 def test_nothing_is_read_back_from_the_device(tokenizer, monkeypatch):
     """On the meta device every read (item, tolist, nonzero, an index by mask) is an error. Ids that lie there are
     read once, mask included."""
-    model, host, calls = make_model("llama", tokenizer).to("meta").train(), pad_rows(random_rows(2)), []
+    model, host, calls = make_model("opt", tokenizer).to("meta").train(), pad_rows(random_rows(2)), []
     device = tuple(tensor.to("meta") for tensor in host)
     to_host = lambda self: calls.append(1) or next((h for h, d in zip(host, device) if d is self), self)
     monkeypatch.setattr(torch.Tensor, "cpu", to_host)
@@ -1267,7 +1267,8 @@ PORTS = itertools.count(20_000 + os.getpid() % 10_000)  # below those that a sys
 
 
 def surroundings(**environment):
-    return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    usual = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | usual | environment
 
 
 def launch(*arguments, script=HERE / "train_reward.py", ranks=2, code=0, limit=None, moment=None, victims=()):
@@ -2264,20 +2265,23 @@ def resident(name):
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
-def measured(run, device="cpu"):
-    """(seconds, peak MiB above the start) of a call."""
-    cuda = torch.device(device).type == "cuda"
-    ctypes.CDLL(None).malloc_trim(0)  # what an earlier run left in the allocator would hide this one's need
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+def measured(run, memory=True):
+    """(seconds, peak MiB above the start) of a call; a call whose memory is measured is slower."""
+    cuda, start_memory = torch.cuda.is_available(), 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    memory, start = torch.cuda.memory_allocated() / 2**20 if cuda else resident("VmRSS"), time.perf_counter()
+        start_memory = torch.cuda.memory_allocated() / 2**20
+    elif memory:
+        ctypes.CDLL(None).malloc_trim(0)  # what an earlier run left in the allocator would hide this one's need
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        start_memory = resident("VmRSS")
+    start = time.perf_counter()
     run()
     if cuda:
         torch.cuda.synchronize()
     took = time.perf_counter() - start
-    return took, (torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")) - memory
+    return took, (torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")) - start_memory
 
 
 def dialogues(count, seed=0):
@@ -2289,8 +2293,8 @@ def dialogues(count, seed=0):
     return [[prompt + [first] + ids(draw(58)) for first in (8, 9)] for prompt in prompts]
 
 
-def benchmark_cases(options, tokenizer, device):
-    """{case: (batches as rows, batches as each token once, whether it trains)}; a batch: ids, mask (2B, T)."""
+def benchmark_cases(options, tokenizer):
+    """{case: (padded batches, batches for the tree, whether it trains)}; a batch: ids, mask (2B, T)."""
     rng = random.Random(0)
     ids = lambda count: [rng.randrange(10, 4096) for _ in range(count)]
     if options.data:
@@ -2305,9 +2309,10 @@ def benchmark_cases(options, tokenizer, device):
     common = statistics.mean(len(os.path.commonprefix(pair)) for pair in pairs)
     answer = statistics.mean(len(text) for pair in pairs for text in pair) - common
     print(f"\n{len(pairs)} pairs: a prefix of {common:.0f} tokens on average, responses of {answer:.0f}.")
-    rows = lambda texts: tuple(tensor.to(device) for tensor in pad_rows(texts, extra=0))
+    rows = lambda texts: pad_rows(texts, extra=0)
     batch = lambda pairs: rows([text for texts in zip(*pairs) for text in texts])
-    batches = lambda pairs: [batch(pairs[at : at + 8]) for at in range(0, len(pairs) - 7, 8)]
+    size = options.batch
+    batches = lambda pairs: [batch(pairs[at : at + size]) for at in range(0, len(pairs) - size + 1, size)]
     by_length = batches(sorted(pairs, key=lambda pair: max(map(len, pair))))
     prompts = [ids(256) for _ in range(2)]
     answers = [[prompt + [20 + k] + ids(63) for k in range(4)] for prompt in prompts]
@@ -2321,18 +2326,24 @@ def benchmark_cases(options, tokenizer, device):
     }
 
 
+SIZES = {
+    "24M": ("llama", {"vocab_size": 4096, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3}),
+    "opt-350m": ("opt", {"hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "do_layer_norm_before": False, "dropout": 0.0}),
+    "llama-1b": ("llama", {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}),
+}  # fmt: skip
+
+
 def benchmark_steps(options):
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, options.dtype)
     if options.model:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         backbone = AutoModel.from_pretrained(options.model, dtype=dtype)
     else:
-        tokenizer = argparse.Namespace(pad_token_id=0)
-        sizes = {"vocab_size": 4096, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6}
-        heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
-        backbone = AutoModel.from_config(AutoConfig.for_model("llama", **sizes, **heads), dtype=dtype)
+        tokenizer, (model_type, sizes) = argparse.Namespace(pad_token_id=0), SIZES[options.size]
+        with torch.device(device):
+            backbone = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes), dtype=dtype)
     model = RewardModel(backbone, tokenizer).to(device).train()
-    calls, cases = counted(model), benchmark_cases(options, tokenizer, device)
+    calls, cases = counted(model), benchmark_cases(options, tokenizer)
 
     def run(batches, share, trains):
         model.share_prefix = share
@@ -2343,19 +2354,21 @@ def benchmark_steps(options):
             if trains:
                 result.backward()
 
-    results = {}  # (case, whether each token once): [(seconds, MiB, tokens), ...]
-    for _ in tqdm(range(options.repeats + 1), desc="measuring", leave=False):  # the first to warm up
+    results = {}  # (case, whether by the tree): [(seconds, MiB, tokens), ...]
+    for number in tqdm(range(options.repeats + 1), desc="measuring", leave=False):  # the first to warm up
         for (name, (*batches, trains)), share in itertools.product(cases.items(), (False, True)):
             calls.clear()
-            found = measured(functools.partial(run, batches[share], share, trains), device)
+            found = measured(functools.partial(run, batches[share], share, trains), memory=not number)
             results.setdefault((name, share), []).append((*found, sum(calls)))
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {options.dtype}"
-    print(f"\n1. {size}, {device}, {torch.get_num_threads()} threads, batch 8, median of {options.repeats}\n")
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n1. {size}, {where}, {options.batch} pairs per batch, median of {options.repeats}\n")
     print("| case | tokens | time | peak MiB, padded and tree |\n| --- | --- | --- | --- |")
     for name in cases:
         rows, once = results[name, False][1:], results[name, True][1:]
         time_, tokens = (statistics.median(a[i] / b[i] for a, b in zip(rows, once)) for i in (0, 2))
-        print(f"| {name} | {tokens:.2f}x | {time_:.2f}x | {rows[-1][1]:.0f}, {once[-1][1]:.0f} |")
+        memory = [results[name, share][0][1] for share in (False, True)]
+        print(f"| {name} | {tokens:.2f}x | {time_:.2f}x | {memory[0]:.0f}, {memory[1]:.0f} |")
 
     batch, times = next(iter(cases.values()))[1][0], []
     hidden = torch.randn(1, batch[0].numel(), model.v_head.in_features, device=device, dtype=dtype)
@@ -2363,7 +2376,7 @@ def benchmark_steps(options):
     for forward in (backbone.forward, without):
         backbone.forward = forward
         step = functools.partial(run, [batch], True, True)
-        times.append(statistics.median(measured(step, device)[0] for _ in range(options.repeats + 2)))
+        times.append(statistics.median(measured(step, memory=False)[0] for _ in range(options.repeats + 2)))
     print(f"\n2. Laying out, head, loss: {100 * times[1] / times[0]:.2f}% of a step.")
 
 
@@ -2481,9 +2494,11 @@ def benchmark_data(options):
 def benchmark():
     parser = argparse.ArgumentParser(description="The benchmark: ratios measured side by side in one run.")
     add = parser.add_argument
-    add("--model", help="a decoder's folder or hub id (default: a Llama made on the spot)")
+    add("--model", help="a decoder's folder or hub id (default: made on the spot, see --size)")
     add("--data", help="pairs, .jsonl[.gz], for --model's tokenizer (default: made on the spot)")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--size", default="24M", choices=SIZES, help="of the model made on the spot")
+    add("--batch", type=int, default=8, help="pairs per batch of the first two cases")
     add("--pairs", type=int, default=24, help="pairs of the first two cases")
     add("--repeats", type=int, default=3)
     add(

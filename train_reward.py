@@ -517,7 +517,8 @@ def take_step(engine: DeepSpeedEngine) -> float | None:
     engine.step()
     if not engine.was_step_applied():  # fp16 skips steps to find its loss scale
         return None if engine.fp16_enabled() and engine.dynamic_loss_scale() else math.nan
-    return norm if norm is not None else float(engine.get_global_grad_norm() or 0)
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return None if norm is None else float(norm)
 
 
 def stop(message: str, suspects: Pairs, output_dir: Path) -> NoReturn:
@@ -580,7 +581,7 @@ def main() -> None:
                 )
                 sums[4] += int(batch["attention_mask"].sum())
             mine_failed = sums[0].clone()
-            sums[5] = bool(log_error)
+            sums[5] += bool(log_error)
             dist.all_reduce(sums)
             # The only device sync before the optimizer's.
             failed, loss, accuracy, margin, tokens, unlogged = sums.tolist()
