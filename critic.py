@@ -2,9 +2,9 @@
 # The reward/critic model of RLHF in one file, after DeepSpeed-Chat's `create_critic_model` and `RewardModel`.
 """A pretrained decoder with a linear value head: trained on pairs, then PPO's critic and reward model.
 
-Read from top to bottom: content of a row -> tokens once -> attention -> loss -> model -> create -> save.
-Letters in the shape comments: B pairs; R rows (2B of pairs: the B chosen, then the B rejected); T columns a
-row; E the most columns that are read; N distinct tokens of a batch; H the hidden width.
+Chapter 1 is the whole model on a padded batch. Chapter 2 makes it fast and loads it under ZeRO-3.
+Letters in the shape comments: B pairs; R rows (2B in training: B chosen, then B rejected); T columns of the
+input; E columns that are read; H the hidden size; N nodes of the prefix tree.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,44 +33,33 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients on Hopper with an e
 # ---- Chapter 1: the reward model on a padded batch ----
 
 
-def attends_causally(config: PretrainedConfig) -> bool:
-    bidirectional = getattr(
-        config, "use_bidirectional_attention", None
-    )  # Gemma's "vision" leaves text causal
-    return getattr(config, "is_causal", True) is not False and bidirectional in (None, False, "vision")
-
-
 def align(
     input_ids: Tensor, attention_mask: Tensor | None, pad_id: int, num_padding_at_beginning: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Move the content of each row to column 0, so that left, right and interior padding are one case.
 
-    With a mask, content is exactly where it is 1: a hidden token takes no position and is no key. Without one,
-    content runs from the first id that is not PAD to the last, and `num_padding_at_beginning` ids before: OPT
-    starts every text with BOS, and with pad = eos its BOS is PAD (DeepSpeedExamples #455). A PAD inside, such
-    as the EOS of an earlier turn, does not end the text.
+    With a mask, content is exactly where it is 1. Without one, content runs from the first id that is not PAD to
+    the last, and includes `num_padding_at_beginning` ids before the first: OPT starts every text with BOS, and
+    with pad = eos its BOS is PAD (DeepSpeedExamples #455).
 
-    Args:
-        input_ids, attention_mask (R, T): on any device; a device other than the CPU is read once.
+    Args: input_ids, attention_mask (R, T), on any device; a device other than the CPU is read once.
 
     Returns, on the CPU:
         ids (R, T): content, then PAD. is_key (R, T): whether attention sees the token; without a mask it sees
-        padding too, as in DeepSpeed-Chat. columns (R, T): where each token came from. length (R,): content tokens.
-
-    Raises ValueError: a wrong shape, or a row without content.
+        padding too, as in DeepSpeed-Chat. columns (R, T): where each token was. length (R,): content tokens.
     """
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: pass (rows, tokens)")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: pass that of input_ids")
-    ids, t = input_ids.cpu().long(), torch.arange(input_ids.size(1))
+    shapes = [tuple(x.shape) for x in (input_ids, attention_mask) if x is not None]
+    if input_ids.dim() != 2 or not input_ids.numel() or len(set(shapes)) > 1:
+        raise ValueError(
+            f"input_ids, attention_mask: shape {', '.join(map(str, shapes))}: pass (rows, tokens)"
+        )
+    ids, n, t = input_ids.cpu().long(), num_padding_at_beginning, torch.arange(input_ids.size(1))
     if attention_mask is not None:
         content = attention_mask.cpu().bool()  # (R, T)
     else:
-        text = ids != pad_id
-        first = text.int().argmax(1, keepdim=True) - num_padding_at_beginning
-        last = len(t) - 1 - text.flip(1).int().argmax(1, keepdim=True)
-        content = (first <= t) & (t <= last) & text.any(1, keepdim=True)
+        is_text = F.pad((ids != pad_id).long(), (0, n))  # (R, T + n)
+        begun, not_over = is_text.cumsum(1)[:, n:], is_text.flip(1).cumsum(1).flip(1)[:, : len(t)]
+        content = (begun > 0) & (not_over > 0)
     length = content.sum(1)
     if not length.all():
         raise ValueError(f"row {length.argmin()} of input_ids is only padding: drop the row, or its pair")
@@ -83,40 +72,35 @@ def align(
 
 
 def ranking_loss(rewards: Tensor, length: Tensor, divergence: Tensor, loss_on: str) -> tuple[Tensor, Tensor]:
-    """The Bradley-Terry loss of B pairs, `-log sigmoid(chosen - rejected)`.
+    """The Bradley-Terry loss of B pairs, `-log sigmoid(chosen - rejected)`. Returns loss (), end scores (2B,).
 
     "tokens" averages it over the positions [p, e), from the divergence p to the end e of the longer row, as
-    DeepSpeed-Chat does; padding of the shorter row takes part (DeepSpeedExamples #316). "end" takes the two end
-    scores alone, as InstructGPT does (arXiv:2203.02155). An identical pair gives log 2 and no gradient.
+    DeepSpeed-Chat does; padding of the shorter row takes part (DeepSpeedExamples #316). "end" compares only the
+    end scores, as InstructGPT does (arXiv:2203.02155). An identical pair gives log 2 and no gradient.
 
-    Args:
-        rewards (2B, E): aligned at column 0. length (2B,). divergence (B,): e for an identical pair.
-
-    Returns loss (), end scores (2B,).
+    Args: rewards (2B, E), aligned at column 0. length (2B,). divergence (B,): e for an identical pair.
     """
     end_scores = rewards.gather(1, length[:, None] - 1).squeeze(1)  # (2B,)
-    p, e = divergence, torch.maximum(*length.chunk(2))  # (B,)
-    if loss_on == "end":
-        chosen, rejected = end_scores.chunk(2)
-        return -F.logsigmoid((chosen - rejected).masked_fill(p == e, 0)).mean(), end_scores
-    chosen, rejected = rewards.chunk(2)  # (B, E)
+    p, e = divergence[:, None], torch.maximum(*length.chunk(2))[:, None]  # (B, 1)
     t = torch.arange(rewards.size(1), device=rewards.device)
-    difference = (chosen - rejected).masked_fill(t < p[:, None], 0)  # before p both rows are one text
-    counted = (t >= torch.minimum(p, e - 1)[:, None]) & (t < e[:, None])  # an identical pair counts one 0
+    if loss_on == "end":
+        rewards, t = end_scores[:, None], e - 1  # one position per pair
+    chosen, rejected = rewards.chunk(2)  # (B, E) or (B, 1)
+    difference = (chosen - rejected).masked_fill(t < p, 0)  # before p the rows are equal, but for dropout
+    counted = (t >= torch.minimum(p, e - 1)) & (t < e)  # an identical pair counts one difference of 0
     loss = torch.where(counted, -F.logsigmoid(difference), 0)
     loss = loss.sum(1, dtype=torch.float32) / counted.sum(1)  # (B,); a sum in fp16 would pass 65,504
     return loss.mean().to(rewards.dtype), end_scores
 
 
 class ValueHead(nn.Linear):
-    """`nn.Linear(H, 1, bias=False)`, on request in float32: bf16 scores near 4 move in steps of 0.03 and tie.
-    The cast is in the module's own forward because ZeRO-3 gathers the weight only there."""
+    """`nn.Linear(H, 1, bias=False)`, on request in float32: bf16 scores near 4 move in steps of 0.03 and tie."""
 
-    def __init__(self, width: int, in_float32: bool, **factory: Any) -> None:
-        super().__init__(width, 1, bias=False, **factory)
-        self.in_float32 = in_float32
+    in_float32 = False
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor
+    ) -> Tensor:  # ZeRO-3 gathers the weight only for the module's own forward
         if not self.in_float32:
             return super().forward(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -127,7 +111,7 @@ class RewardModel(nn.Module):
     """A decoder with a value head: r(t), one scalar per token. Names and state dict are DeepSpeed-Chat's.
 
     Args:
-        base_model: the decoder without its language-model head, `last_hidden_state` its first output.
+        base_model: the decoder without its language-model head, as AutoModel returns it.
         tokenizer: only its pad_token_id is used, which should differ from EOS.
         num_padding_at_beginning: PAD ids that start every text: 1 for OPT where pad = eos = bos and batches
             come without a mask, else 0.
@@ -144,32 +128,29 @@ class RewardModel(nn.Module):
         compute_fp32_loss: bool = False,
     ) -> None:
         super().__init__()
+        name, self.config = type(base_model).__name__, base_model.config
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad_token_id: set tokenizer.pad_token, not to EOS")
-        check_decoder(base_model.config, type(base_model).__name__)
+        check_decoder(self.config, name)
         if isinstance(base_model, PreTrainedModel) and base_model.base_model is not base_model:
-            raise ValueError(
-                f"{type(base_model).__name__} has a head: pass its base_model, as AutoModel does"
-            )
-        self.config = base_model.config
+            raise ValueError(f"{name} has a head: pass its base_model, as AutoModel does")
         self.PAD_ID = tokenizer.pad_token_id
         self.num_padding_at_beginning = num_padding_at_beginning
-        self.loss_on = "tokens"
-        self.share_prefix = True
+        self.loss_on, self.share_prefix = "tokens", True
         self.rwtransformer = base_model
         width = getattr(self.config, "word_embed_proj_dim", self.config.hidden_size)  # OPT-350m: narrower
-        self.v_head = ValueHead(width, compute_fp32_loss, dtype=base_model.dtype, device=base_model.device)
-        # Moves with the model, so its device is the model's; under ZeRO-3 with offload the parameters lie on the CPU.
-        self.register_buffer("on_device", torch.empty(0, device=base_model.device), persistent=False)
+        place = {"dtype": base_model.dtype, "device": base_model.device}
+        self.v_head = ValueHead(width, 1, bias=False, **place)
+        self.v_head.in_float32 = compute_fp32_loss
+        # Its device is the model's. The parameters' is not under ZeRO-3 with offload, where they lie on the CPU.
+        self.register_buffer("on_device", torch.empty(0, **place), persistent=False)
 
     def gradient_checkpointing_enable(self, options: dict[str, Any] | None = None, **others: Any) -> None:
         # The reentrant kind loses every gradient where embeddings are frozen.
         self.rwtransformer.gradient_checkpointing_enable(options or {"use_reentrant": False}, **others)
 
-    def __getattr__(self, name: str) -> Any:
-        if "_checkpointing_" in name:  # what transformers 6 calls it, and the methods that turn it off
-            return getattr(self.rwtransformer, name)
-        return super().__getattr__(name)
+    def __getattr__(self, name: str) -> Any:  # what transformers 6 calls it, and the methods that turn it off
+        return getattr(self.rwtransformer, name) if "_checkpointing_" in name else super().__getattr__(name)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False, **others: None
@@ -179,7 +160,7 @@ class RewardModel(nn.Module):
         Args:
             input_ids (2B, T): chosen rows, then the rejected ones in the same order. Best on the CPU: the model
                 then reads nothing back from its device.
-            attention_mask (2B, T): 1 at content. Without one PAD marks padding, which is seen as a key.
+            attention_mask (2B, T): 1 at content. Without one PAD marks padding, which attention then sees.
 
         Returns loss (), and the end scores chosen_mean_scores and rejected_mean_scores (B,), with gradients.
 
@@ -187,7 +168,7 @@ class RewardModel(nn.Module):
         """
         if self.loss_on not in ("tokens", "end"):
             raise ValueError(f"loss_on is {self.loss_on!r}: use 'tokens' or 'end'")
-        ids, is_key, _, length = self._align(input_ids, attention_mask, **others)
+        ids, is_key, _, length = self._align(input_ids, attention_mask, others)
         if len(ids) % 2:
             raise ValueError(f"input_ids has {len(ids)} rows: pass B chosen rows, then their B rejected ones")
         shorter, longer = torch.aminmax(torch.stack(length.chunk(2)), dim=0)  # (B,)
@@ -196,10 +177,8 @@ class RewardModel(nn.Module):
         divergence = same.int().cumprod(1).sum(1)  # (B,); an identical pair's is its end
         read = longer.repeat(2) if self.loss_on == "tokens" else length  # (2B,)
         rewards = self._rewards(ids, is_key, read)  # (2B, E)
-        length, divergence = self._send(length), self._send(divergence)
-        loss, end_scores = ranking_loss(rewards, length, divergence, self.loss_on)
-        chosen_scores, rejected_scores = end_scores.chunk(2)
-        return {"loss": loss, "chosen_mean_scores": chosen_scores, "rejected_mean_scores": rejected_scores}
+        loss, scores = ranking_loss(rewards, self._send(length), self._send(divergence), self.loss_on)
+        return dict(zip(("loss", "chosen_mean_scores", "rejected_mean_scores"), (loss, *scores.chunk(2))))
 
     def forward_value(
         self,
@@ -221,47 +200,44 @@ class RewardModel(nn.Module):
 
         Raises ValueError: names the argument or the row, and what to do.
         """
-        ids, is_key, columns, length = self._align(input_ids, attention_mask, **others)
-        T = ids.size(1)
-        if not return_value_only and not 1 < prompt_length <= T:
-            raise ValueError(f"prompt_length is {prompt_length}: it must be greater than 1 and at most {T}")
+        ids, is_key, columns, length = self._align(input_ids, attention_mask, others)
+        if not return_value_only and not 1 < prompt_length <= ids.size(1):
+            raise ValueError(f"prompt_length is {prompt_length}: it must be in 2 to {ids.size(1)}")
         rewards = self._rewards(ids, is_key, length)  # (R, E)
         last, columns = self._send(length[:, None] - 1), self._send(columns[:, : rewards.size(1)])
         content = torch.arange(rewards.size(1), device=rewards.device) <= last
-        values = rewards.new_zeros(len(ids), T).scatter(1, columns, rewards.where(content, 0))
+        values = rewards.new_zeros(ids.shape).scatter(1, columns, rewards.where(content, 0))
         if return_value_only:
             return values
         return {"values": values, "chosen_end_scores": rewards.gather(1, last).squeeze(1)}
 
-    def _align(self, input_ids: Tensor, attention_mask: Tensor | None, **others: None) -> tuple[Tensor, ...]:
-        # Trainers pass some arguments by themselves: these two, and others as None or False.
-        others = {name: x for name, x in others.items() if name not in ("return_dict", "num_items_in_batch")}
-        if given := [name for name, x in others.items() if x is not None and x is not False]:
+    def _align(self, input_ids: Tensor, attention_mask: Tensor | None, others: dict) -> tuple[Tensor, ...]:
+        ignored = "return_dict", "num_items_in_batch"  # trainers pass these, and others as None or False
+        if given := [k for k, x in others.items() if x is not None and x is not False and k not in ignored]:
             raise ValueError(f"{', '.join(given)}: not supported, leave it out")
         return align(input_ids, attention_mask, self.PAD_ID, self.num_padding_at_beginning)
 
     def _rewards(self, ids: Tensor, is_key: Tensor, read: Tensor) -> Tensor:
         """r(t) of aligned rows, up to the last of the `read` (R,) tokens of each: (R, E), on the model's device."""
-        E = int(read.max())
-        ids, is_key = ids[:, :E], is_key[:, :E]
+        ids, is_key = ids[:, : read.max()], is_key[:, : read.max()]  # (R, E)
         if self.share_prefix and tree_is_exact(self.rwtransformer):
             return tree_rewards(self, ids, is_key, read)
         inputs = {"input_ids": self._send(ids), "attention_mask": self._send(is_key.long())}
         return self.v_head(self.rwtransformer(**inputs, use_cache=False)[0]).squeeze(-1)
 
     def _send(self, x: Tensor) -> Tensor:
-        """To the model's device, without waiting: a copy from memory that is not pinned would be a device sync."""
-        device = self.on_device.device
-        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+        """To the model's device. From memory that is not pinned, the copy would be a device sync."""
+        return (x.pin_memory() if self.on_device.is_cuda else x).to(self.on_device.device, non_blocking=True)
 
 
 def check_decoder(config: PretrainedConfig, name: str) -> None:
-    encoders = transformers.MODEL_FOR_MASKED_LM_MAPPING, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    encodes = config.is_encoder_decoder or any(type(config) in mapping for mapping in encoders)
-    if encodes or not attends_causally(config):
-        raise ValueError(f"{name} is a {config.model_type} model: a critic needs a causal decoder")
-    if config.get_text_config(decoder=True) is not config:
+    if not config.is_encoder_decoder and config.get_text_config(decoder=True) is not config:
         raise ValueError(f"{name} is multimodal: pass its text decoder, such as model.language_model")
+    encodes = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or not hasattr(config, "vocab_size")
+    encodes |= config.is_encoder_decoder or getattr(config, "is_causal", True) is False
+    looks_ahead = getattr(config, "use_bidirectional_attention", None)  # Gemma's "vision" leaves text causal
+    if encodes or looks_ahead not in (None, False, "vision"):
+        raise ValueError(f"{name} is a {config.model_type} model: a critic needs a causal decoder")
 
 
 def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -278,67 +254,52 @@ def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return hf_class
 
 
-# How others name what is `score` here: DeepSpeed-Chat, OpenRLHF, UltraRM and Eurus, PKU Beaver.
-HEADS = "v_head|value_head|regression_head|score_head"
-# Folders that hold no model: a file in it, and what the folder is.
-NO_MODEL = {
-    "adapter_config.json": "is a PEFT adapter: merge it into its base model (merge_and_unload) and save that",
-    "*model_states.pt": "is a DeepSpeed checkpoint: pass the folder that save_critic_model wrote, or --resume",
-}
-
-
 def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
     """Backbone and head in one piece, memory-mapped; nothing is initialised that the file then overwrites.
     `trained`: a reward checkpoint, whose keys must all fit; else a base model, which lacks the head."""
     hf_class = reward_class(config)
     prefix = hf_class.base_model_prefix
-
-    def init(self, config: PretrainedConfig) -> None:
-        hf_class.__init__(self, config)
-        # transformers 4.57 adds the prefix only to keys that `key_mapping` did not rename. Without a prefix it adds
-        # none, and `key_mapping` alone decides.
-        self.base_model_prefix = ""
-
+    # How others name what is `score` here: DeepSpeed-Chat, OpenRLHF, UltraRM and Eurus, PKU Beaver.
+    heads = f"v_head|value_head|regression_head|score_head|{getattr(config, 'value_head_prefix', 'v_head')}"
     key_mapping = {
         r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": f"{prefix}.",  # a multimodal model's decoder
         r"^rwtra(?:nsformer|nrsformer)\.": f"{prefix}.",  # DeepSpeed-Chat's name, and its older spelling
-        rf"^(?:{HEADS}|{getattr(config, 'value_head_prefix', 'v_head')})\.": "score.",
+        rf"^(?:{heads})\.": "score.",
         rf"^(?!{prefix}\.|score\.)(.+)": rf"{prefix}.\1",  # a decoder that was saved by itself
     }
+
+    def init(self, config: PretrainedConfig) -> None:
+        hf_class.__init__(self, config)
+        self.base_model_prefix = ""  # else transformers 4.57 adds the prefix too, to some keys
+
+    loader = type(hf_class.__name__, (hf_class,), {"__init__": init, "__module__": hf_class.__module__})
     options = {"key_mapping": key_mapping, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        loader = type(hf_class.__name__, (hf_class,), {"__init__": init, "__module__": hf_class.__module__})
         model, info = loader.from_pretrained(path, config=config, dtype=dtype, **options)
     except Exception as error:  # each format has its own
         raise ValueError(f"the weights in {path} cannot be read, download them again: {error}") from error
     model.base_model_prefix = prefix
-    check_keys(
-        path, trained, *(map(str, info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched"))
-    )
+    kinds = "missing", "unexpected", "mismatched"
+    check_keys(path, trained, {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in kinds})
     return model
 
 
-def check_keys(path: str, trained: bool, *keys: Iterable[str]) -> None:
-    missing, unexpected, mismatched = map(sorted, keys)
-    # Causal masks, which transformers once saved with GPT-2, GPT-J, GPT-Neo and GPT-BigCode.
-    unexpected = [key for key in unexpected if not re.search(r"\.attn(\.attention)?\.(masked_)?bias$", key)]
-    no_head, hint = "score.weight" in missing, ""
-    if not trained:  # other weights are dropped: a vision tower, the language model's head, a value head
+def check_keys(path: str, trained: bool, found: dict[str, list[str]]) -> None:
+    # Causal masks, which transformers once saved with GPT-2, GPT-J, GPT-Neo and GPT-BigCode, are not weights.
+    masks = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$")
+    surplus = [key for key in found["unexpected"] if not masks.search(key)]
+    no_head, found["unexpected"] = "score.weight" in found["missing"], surplus if trained else []
+    if not trained:  # from a base model other weights are dropped: a vision tower, the language model's head
+        found = {kind: [key for key in keys if "score.weight" not in key] for kind, keys in found.items()}
         if not no_head:
             warnings.warn(f"the value head of {path} is reinitialised: rlhf_training=True keeps it")
-        missing, mismatched = ([k for k in keys if "score.weight" not in k] for keys in (missing, mismatched))
-        unexpected = []
-    elif any(key.startswith("score.") for key in unexpected):
-        hint = "; a critic's head is one row without a bias (here called score): this one cannot be loaded"
-    elif no_head and not all(re.search("lm_head|embed_out", key) for key in unexpected):
-        hint = "; if one of these is the head, rename its key to score.weight, of shape (1, hidden_size)"
-    elif no_head:
-        hint = "; without a value head it looks like a base model: train it first (rlhf_training=False)"
-    found = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
-    if problems := [
-        f"{kind} {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}" for kind, keys in found.items() if keys
-    ]:
-        raise ValueError(f"the weights in {path} do not fit: {'; '.join(problems)}{hint}")
+    hint = "train a base model first (rlhf_training=False)" if no_head else "download them again"
+    if any(key.startswith("score.") for key in surplus):
+        hint = "a critic's head is one row without a bias (here called score): this one cannot be loaded"
+    elif no_head and not all(re.search("lm_head|embed_out", key) for key in surplus):
+        hint = "if one of these is the head, rename its key to score.weight, of shape (1, hidden_size)"
+    if problems := "; ".join(f"{kind} {', '.join(keys[:5])}" for kind, keys in found.items() if keys):
+        raise ValueError(f"the weights in {path} do not fit: {problems}; {hint}")
 
 
 def override_dropout(config: PretrainedConfig, dropout: float) -> None:
@@ -353,16 +314,13 @@ def override_dropout(config: PretrainedConfig, dropout: float) -> None:
 
 
 def read_config(path: str, dropout: float | None) -> PretrainedConfig:
-    for pattern, what in NO_MODEL.items():
-        if any(Path(path).glob(pattern)):
-            raise ValueError(f"{path} {what}")
-    # Custom code is an error and never a question. A multimodal model's text decoder is a critic like any other.
-    given = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    config = given if given.is_encoder_decoder else given.get_text_config(decoder=True)
-    decoders = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    decodes = any(type(given) in mapping for mapping in decoders) or "SequenceCl" in str(given.architectures)
-    if not decodes or type(config) not in transformers.MODEL_MAPPING:
-        raise ValueError(f"{path} is a {given.model_type} model: a critic needs a causal decoder")
+    if Path(path, "adapter_config.json").exists():
+        raise ValueError(f"{path} is a PEFT adapter: merge it (merge_and_unload), and save_critic_model")
+    if any(Path(path).glob("*model_states.pt")):
+        raise ValueError(f"{path} is a DeepSpeed checkpoint: pass the folder that save_critic_model wrote")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # else custom code asks a question
+    if not config.is_encoder_decoder:
+        config = config.get_text_config(decoder=True)  # a multimodal model's decoder is one like any other
     check_decoder(config, path)
     config.num_labels = 1
     if dropout is not None:
@@ -388,35 +346,34 @@ def create_critic_model(
             with one label, which TRL and OpenRLHF write too; safetensors or pickle, whole or sharded.
         tokenizer: with a pad_token_id; embeddings grow to its length, rounded up to a multiple of 8.
         ds_config: the DeepSpeed config: bf16 or fp16 sets the dtype (else float32), ZeRO stage 3 partitions.
-        rlhf_training: load backbone and head from a reward checkpoint, not a backbone and a newly initialised head.
+        rlhf_training: load backbone and head from a reward checkpoint; else the head is newly initialised.
         dropout: in [0, 1), overrides every dropout probability of the config; None leaves them.
         zero_stage: the original's argument; the stage in `ds_config` is what counts.
 
     Raises ValueError: names the argument, file or key at fault and the remedy. OSError: no such folder or id.
     """
-    sections = {name: (ds_config or {}).get(name) or {} for name in ("bf16", "fp16", "zero_optimization")}
-    dtype = torch.float32
+    ds_config, dtype = ds_config or {}, torch.float32
     for name, half in {"bf16": torch.bfloat16, "fp16": torch.float16}.items():
-        if (enabled := sections[name].get("enabled", False)) not in (True, False):
+        if (enabled := (ds_config.get(name) or {}).get("enabled", False)) not in (True, False):
             raise ValueError(f'{name} in ds_config has "enabled": {enabled!r}: write true or false')
         dtype = half if enabled else dtype
-    stage = sections["zero_optimization"].get("stage", 0)
-    if zero_stage not in (0, stage):
+    zero = ds_config.get("zero_optimization") or {}
+    if zero_stage not in (0, stage := zero.get("stage", 0)):
         raise ValueError(f"zero_stage is {zero_stage}, the stage in ds_config {stage}: leave zero_stage out")
     config = read_config(model_name_or_path, dropout)
-    if rlhf_training and len(tokenizer) > config.vocab_size:
-        sizes = f"the tokenizer has {len(tokenizer)} tokens, the checkpoint {config.vocab_size}"
+    grows = len(tokenizer) > config.vocab_size
+    if grows and rlhf_training:
+        sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
         raise ValueError(f"{sizes}: use the tokenizer saved in {model_name_or_path}")
-    load = load_for_zero3 if stage == 3 else load_weights
-    hf_model = load(model_name_or_path, config, dtype, rlhf_training)
-    if len(tokenizer) > config.vocab_size:
+    hf_model = load_weights(model_name_or_path, config, dtype, rlhf_training)
+    if grows:
         hf_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
     model = RewardModel(hf_model.base_model, tokenizer, num_padding_at_beginning, compute_fp32_loss)
     if rlhf_training:
         model.v_head.weight = hf_model.score.weight
     model.config.pad_token_id = tokenizer.pad_token_id
     if stage == 3:
-        partition(model, sections["zero_optimization"])
+        partition(model, zero)
     return model
 
 
@@ -446,8 +403,8 @@ def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | 
     """
     model = getattr(model, "module", model)
     config = copy.deepcopy(model.config)
-    config.num_labels, config.pad_token_id = 1, model.PAD_ID
-    config.problem_type = "regression"  # else transformers' pipeline returns the sigmoid of the score
+    # "regression": else transformers' pipeline returns the sigmoid of the score.
+    config.update({"num_labels": 1, "pad_token_id": model.PAD_ID, "problem_type": "regression"})
     with torch.device("meta"):  # a template knows names, shards and config, and holds no data
         template = reward_class(config)(config).to(model.rwtransformer.dtype)
     names = {"rwtransformer": template.base_model_prefix, "v_head": "score"}
@@ -455,12 +412,13 @@ def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | 
     state = {f"{names.get(first, first)}.{rest}": value for (first, _, rest), value in parts}
     if differing := sorted(state.keys() ^ template.state_dict().keys()):
         remedies = {
-            "lora_": "merge the adapters first (merge_and_unload)",
             "_orig_mod": "pass model._orig_mod",
+            "lora_": "merge the adapters first (merge_and_unload)",
         }
-        found = [remedy for part, remedy in remedies.items() if part in str(differing)]
-        remedy = found[0] if found else "these keys are surplus or missing"
-        raise ValueError(f"not saved as {type(template).__name__}: {remedy}: {', '.join(differing[:4])}")
+        found = [remedy for part, remedy in remedies.items() if part in str(differing)] + [
+            "surplus or missing"
+        ]
+        raise ValueError(f"not saved as {type(template).__name__}: {found[0]}: {', '.join(differing[:4])}")
     gather = contextlib.nullcontext
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         from deepspeed.runtime.zero import GatheredParameters as gather
@@ -478,14 +436,16 @@ def write_folder(final: Path, template: PreTrainedModel, state: dict, tokenizer:
         template.save_pretrained(staging, state_dict=state)
         tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else one set later is not saved
         tokenizer.save_pretrained(staging)
-        new = sorted(staging.iterdir(), key=lambda file: (".safetensors" in file.name, file.name))
-        for file in new:
-            os.replace(file, final / file.name)
+        new = sorted(os.listdir(staging), key=lambda name: (".safetensors" in name, name))
+        for name in new:
+            os.replace(staging / name, final / name)
         # What an earlier model left would be read instead of these files, or with them.
-        older = r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?"
-        older += r"|(chat_template|added_tokens|special_tokens_map)\.\w+"
-        for name in {file.name for file in final.iterdir()} - {file.name for file in new}:
-            if re.fullmatch(older, name):
+        weights, texts = (
+            r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?",
+            r"(chat|added|special)_\w+\.\w+",
+        )
+        for name in set(os.listdir(final)) - set(new):
+            if re.fullmatch(f"{weights}|{texts}", name):
                 (final / name).unlink()
     except Exception as error:  # safetensors has an error of its own for a full disk
         raise OSError(f"{final} cannot be written, free space or pass another folder ({error})") from error
@@ -499,17 +459,15 @@ def write_folder(final: Path, template: PreTrainedModel, state: dict, tokenizer:
 # full or in a window, through transformers' AttentionInterface. Others run padded batches, as wrong is worse than
 # slow: ALiBi counts columns (BLOOM, MPT, Falcon); attention is local, chunked, linear, indexed or the family's own
 # (GPT-Neo, Llama 4, Qwen3-Next, GPT-J); sdpa has no sinks and cannot soft-cap scores (GPT-OSS, Gemma 2).
-TREE_FAMILIES = set(
-    """
-    afmoe apertus arcee aria_text axk1 bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 diffllama dots1
-    ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe
-    glm4_moe_lite gpt2 gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
-    hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama longcat_flash mellum minicpm3 minimax_m2
-    ministral ministral3 mistral mixtral modernbert-decoder moshi nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3
-    qwen2 qwen2_moe qwen2_vl_text qwen2_5_vl_text qwen3 qwen3_moe qwen3_vl_text qwen3_vl_moe_text seed_oss smollm3
-    solar_open starcoder2 youtu
-    """.split()
-)
+TREE_FAMILIES = (
+    "afmoe apertus arcee aria_text axk1 bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 diffllama "
+    "dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma3n_text gemma4_text glm glm4 "
+    "glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense "
+    "hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama longcat_flash mellum "
+    "minicpm3 minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder moshi nanochat olmo olmo2 olmo3 "
+    "olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen2_vl_text qwen2_5_vl_text qwen3 qwen3_moe qwen3_vl_text "
+    "qwen3_vl_moe_text seed_oss smollm3 solar_open starcoder2 youtu"
+).split()
 TREE_ATTENTION = "prefix_tree"  # the name of `tree_attention` in transformers' registry
 
 
@@ -517,7 +475,7 @@ def tree_is_exact(backbone: PreTrainedModel) -> bool:
     """Whether the tree equals a padded batch on this backbone; if so, its attention is ready for it."""
     config = backbone.config
     by_interface = backbone._supports_attention_backend and config._attn_implementation == "sdpa"
-    if config.model_type in TREE_FAMILIES and by_interface and attends_causally(config):
+    if by_interface and config.model_type in TREE_FAMILIES:
         backbone.set_attn_implementation(TREE_ATTENTION)  # without a tree it is sdpa
     return config._attn_implementation == TREE_ATTENTION
 
@@ -525,7 +483,7 @@ def tree_is_exact(backbone: PreTrainedModel) -> bool:
 def tree_rewards(model: RewardModel, ids: Tensor, is_key: Tensor, read: Tensor) -> Tensor:
     """`RewardModel._rewards` with each distinct (prefix, token) computed once."""
     tree = PrefixTree(ids, is_key, read, model._send)
-    # The backbone hands keyword arguments that it does not know to its attention, and so `tree` arrives in
+    # The backbone passes keyword arguments that it does not know on to its attention, and so `tree` arrives in
     # `tree_attention`. A 4-D mask keeps the backbone from making one of its own. This one is a placeholder, and
     # of integers: sdpa fails on it, should a backbone drop `tree`.
     placeholder = torch.ones(1, 1, 1, 1, dtype=torch.long, device=tree.ids.device)
@@ -538,39 +496,14 @@ def tree_rewards(model: RewardModel, ids: Tensor, is_key: Tensor, read: Tensor) 
 
 
 def block_of(queries: Tensor, keys: Tensor, device: torch.device) -> Tensor:
-    """Which rows share an sdpa call, (rows, n): those with equal numbers here. queries, keys (rows,): lengths.
+    """Which rows share a block, (rows, n): those with equal numbers here. queries, keys (rows,): lengths.
 
-    On a CPU padding costs more than a call does, so lengths may differ by less than 64. On an accelerator a call
-    costs more: one block while it has at most 8192 queries, else two, split at half of the most queries."""
+    On a CPU padding costs more than a call does, so lengths in a block differ by less than 64. On an accelerator a
+    call costs more: one block while it has at most 8192 queries, else two, split at half of the most queries."""
     if device.type == "cpu":
         return torch.stack([queries, keys], 1).add(63) // 64
     longest = queries.max()
     return ((2 * queries > longest) & (len(queries) * longest > 8192)).long()[:, None]
-
-
-class Block(NamedTuple):
-    """Rows that share an sdpa call, padded to Q queries and K keys.
-
-    query_nodes (rows * Q,), key_nodes (rows * K,): indices into the N nodes. query_columns, query_ends (rows, Q):
-    a query's column, and the first column that it does not see. is_causal: sdpa's flag can replace the mask."""
-
-    query_nodes: Tensor
-    key_nodes: Tensor
-    query_columns: Tensor
-    query_ends: Tensor
-    is_causal: bool
-
-    def mask(self, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores, (rows, 1, repeats * Q, K): 0 where a key is seen, else -inf."""
-        rows, Q = self.query_columns.shape
-        if self.is_causal and (window is None or window >= Q):
-            return None
-        t = torch.arange(len(self.key_nodes) // rows, device=self.key_nodes.device)
-        seen = t < self.query_ends[:, :, None]  # (rows, Q, K)
-        if window is not None:
-            seen &= t > self.query_columns[:, :, None] - window
-        mask = torch.zeros(seen.shape, dtype=dtype, device=t.device).masked_fill(~seen, -torch.inf)
-        return mask.repeat(1, repeats, 1)[:, None]
 
 
 class PrefixTree:
@@ -592,8 +525,9 @@ class PrefixTree:
         ids, columns, is_key (N,): the packed sequence, the position of each node in its row, and whether
             attention sees it.
         node_index (R, E): the node of each token; arbitrary where nothing is read.
-        blocks: the rows again, as attention needs them: the nodes that a row introduces are its queries, the
-            nodes of its whole path its keys.
+        blocks: the rows again, as attention needs them, each a pair (query_nodes (rows, Q), key_nodes (rows, K)).
+            The nodes that a row introduces are its queries, those of its whole path its keys. Padding repeats
+            the row's last query; a key that pads lies behind all queries of its row, and none sees it.
         output_index (N,): where each node's query stands in the blocks, one after the other.
     """
 
@@ -612,45 +546,39 @@ class PrefixTree:
 
         queries, keys, ends = new.sum(1), (rows % 2).sum(1), (rows >= 0).sum(1)  # (rows,)
         block = torch.unique(block_of(queries, keys, self.ids.device), dim=0, return_inverse=True)[1]
-        self.blocks, output_index, slots = [], torch.empty(len(self.ids), dtype=torch.long), 0
+        self.blocks, output_index, offset = [], torch.empty(len(self.ids), dtype=torch.long), 0
         nodes = F.pad(nodes, (0, 7))  # lengths round up to 8, which kernels want
         for mine in (block == number for number in range(block.max() + 1)):
             Q, K = (x[mine].max().add(7).item() // 8 * 8 for x in (queries, keys))
-            count, last = queries[mine, None], ends[mine, None] - 1
-            columns = torch.minimum(
-                last - count + 1 + torch.arange(Q), last
-            )  # (rows, Q); padding repeats the last
-            query_nodes = nodes[mine].gather(1, columns)
-            real = torch.arange(Q) < count
-            output_index[query_nodes[real]] = slots + real.flatten().nonzero().squeeze(1)
-            slots += real.numel()
-            tensors = (
-                query_nodes.flatten(),
-                nodes[mine, :K].flatten(),
-                columns,
-                columns.add(1).minimum(keys[mine, None]),
-            )
-            is_causal = bool((queries[mine] == keys[mine]).all() and (count == last + 1).all())
-            self.blocks.append(Block(*map(send, tensors), is_causal))
+            count, end = queries[mine, None], ends[mine, None]
+            query_nodes = nodes[mine].gather(1, (end - count + torch.arange(Q)).minimum(end - 1))
+            real = torch.arange(Q) < count  # (rows, Q)
+            output_index[query_nodes[real]] = offset + real.flatten().nonzero().squeeze(1)
+            offset += real.numel()
+            self.blocks.append((send(query_nodes), send(nodes[mine, :K])))
         self.output_index = send(output_index)
-        self.masks: dict[tuple, list[Tensor | None]] = {}
+        self.masks: dict[tuple, list[Tensor]] = {}
 
-    def masks_for(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Tensor | None]:
-        """The mask of each block, the same tensor for all layers of a kind, since autograd keeps it."""
+    def masks_for(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Tensor]:
+        """What is added to the scores of each block, (rows, 1, repeats * Q, K): 0 where a key is seen, else -inf.
+        The same tensors for all layers of a kind, since autograd keeps them."""
         key = window, repeats, dtype
         if key not in self.masks:
-            self.masks[key] = [block.mask(*key) for block in self.blocks]
+            self.masks[key] = []
+            for query_nodes, key_nodes in self.blocks:
+                column = self.columns[query_nodes][:, :, None]  # (rows, Q, 1)
+                t = torch.arange(key_nodes.size(1), device=column.device)  # the column of each key
+                seen = self.is_key[key_nodes][:, None] & (t <= column)  # (rows, Q, K)
+                if window is not None:
+                    seen &= t > column - window
+                mask = torch.zeros(seen.shape, dtype=dtype, device=t.device).masked_fill(~seen, -torch.inf)
+                self.masks[key].append(mask.repeat(1, repeats, 1)[:, None])
         return self.masks[key]
 
 
 @torch.compiler.disable  # its shapes differ from batch to batch
 def tree_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, unused_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention, the only place where tokens meet: the queries of a row over the keys of its path.
 
@@ -663,24 +591,22 @@ def tree_attention(
     """
     tree = options.pop("tree", None)
     if tree is None:
-        return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, unused_mask, **options)
     # Qwen2-MoE passes no window; a full layer of EXAONE 4 passes None, whatever its module holds.
     window = options.get("sliding_window", getattr(module, "sliding_window", None))
-    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (N, heads or KV heads, D)
-    heads, kv_heads, outputs = query.size(1), key.size(1), []
     settings = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (N, [KV] heads, D)
+    heads, kv_heads, outputs = query.size(1), key.size(1), []
     masks = tree.masks_for(window, heads // kv_heads, query.dtype)
-    for block, bias in zip(tree.blocks, masks):
-        rows = len(block.query_columns)
-        gathered = (query, block.query_nodes), (key, block.key_nodes), (value, block.key_nodes)
-        q, k, v = (x.index_select(0, i).view(rows, -1, *x.shape[1:]).transpose(1, 2) for x, i in gathered)
-        if bias is None:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **settings)
-        else:  # few kernels support a mask with grouped heads: the query heads of a KV head become more queries
-            q = q.reshape(rows, kv_heads, -1, q.size(3))
-            x = F.scaled_dot_product_attention(q, k, v, bias, **settings)
-            x = x.reshape(rows, heads, -1, v.size(3))
-        outputs.append(x.transpose(1, 2).reshape(-1, heads, v.size(3)))
+    for (query_nodes, key_nodes), mask in zip(tree.blocks, masks):
+        rows, gathered = len(query_nodes), ((query, query_nodes), (key, key_nodes), (value, key_nodes))
+        q, k, v = (
+            x.index_select(0, i.flatten()).view(rows, -1, *x.shape[1:]).transpose(1, 2) for x, i in gathered
+        )
+        # Few kernels support a mask with grouped heads: the query heads of a KV head become more queries.
+        q = q.reshape(rows, kv_heads, -1, q.size(3))
+        x = F.scaled_dot_product_attention(q, k, v, mask, **settings)
+        outputs.append(x.reshape(rows, heads, -1, v.size(3)).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, tree.output_index)[None], None
 
 
@@ -688,28 +614,12 @@ transformers.AttentionInterface.register(TREE_ATTENTION, tree_attention)
 transformers.AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)  # for padded batches
 
 
-def load_for_zero3(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
-    """`load_weights` on rank 0; on the others memory that its weights are sent into as ZeRO-3 partitions them."""
+def partition(model: RewardModel, zero_optimization: dict[str, Any]) -> None:
+    """Partition the parameters over the ranks, as rank 0 holds them; the others' are memory-mapped and not read."""
     if not dist.is_initialized():
         raise ValueError(
-            "ZeRO stage 3 partitions over ranks: start with deepspeed and call deepspeed.init_distributed()"
+            "ZeRO stage 3 partitions over ranks: start with deepspeed, and init_distributed() first"
         )
-    loaded = []
-    buffers = on_rank_0(
-        lambda: loaded.append(load_weights(path, config, dtype, trained)) or dict(loaded[0].named_buffers())
-    )
-    if loaded:
-        return loaded[0]
-    with torch.device("meta"):
-        model = reward_class(config)(config).to(dtype).eval()  # as `from_pretrained` leaves it
-    model.to_empty(device="cpu")  # untouched, so that it takes no memory yet
-    for name, buffer in model.named_buffers():
-        buffer.data = buffers[name]
-    return model
-
-
-def partition(model: RewardModel, zero_optimization: dict[str, Any]) -> None:
-    """Partition the parameters over the ranks, as rank 0 holds them."""
     import deepspeed
 
     accelerator = deepspeed.get_accelerator()

@@ -510,21 +510,22 @@ def operations_per_layer(build, batch, share):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_operations_do_not_grow_with_the_pairs(name, tokenizer):
-    """Prompts of 60 tokens, responses of 10 to 100: fewer launches than two padded batches have."""
+    """Prompts of 60 tokens, responses of 10 to 100: one block for 8 pairs, two for any large number."""
     build = lambda n: make_model(
         name, tokenizer, **({"n_layer": n} if name == "gpt2" else {"num_hidden_layers": n})
     )
     found = {}
-    for pairs, share in ((8, True), (48, True), (8, False)):
-        rng, ids = random.Random(0), lambda n: [rng.randrange(2, 80) for _ in range(n)]
+    rng = random.Random(0)
+    ids = lambda n: [rng.randrange(2, 80) for _ in range(n)]
+    for pairs, share in ((8, True), (48, True), (192, True), (8, False)):
         rows = [
             prompt + [side] + ids(rng.randint(9, 99))
             for side in (81, 82)
             for prompt in map(ids, [60] * pairs)
         ]
         found[pairs, share] = operations_per_layer(build, pad_rows(rows), share)
-    for few, many, padded in zip(*found.values()):
-        assert few == many < 2 * padded
+    for one_block, many, more, padded in zip(*found.values()):
+        assert padded < one_block < many == more < 2 * padded
 
 
 def test_compiling_ends_after_two_batches(tokenizer):
@@ -890,7 +891,7 @@ def test_bad_arguments_of_create(tokenizer, tmp_path):
         (base, tokenizer, {"dropout": -0.1}, "dropout is -0.1"),
         (base, tokenizer, {"zero_stage": 3}, "zero_stage is 3"),
         (base, bare, {}, "pad_token_id"),
-        (reward, longer, {"rlhf_training": True}, "the tokenizer has 108 tokens, the checkpoint 96"),
+        (reward, longer, {"rlhf_training": True}, "the tokenizer has 108 tokens, the model 96"),
         *((path, tokenizer, {}, "a critic needs a causal decoder") for path in (t5, bert, both_ways)),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
