@@ -48,11 +48,10 @@ def align(
         ids (R, T): content, then PAD. is_key (R, T): whether attention sees the token; without a mask it sees
         padding too, as in DeepSpeed-Chat. columns (R, T): where each token was. length (R,): content tokens.
     """
-    shapes = [tuple(x.shape) for x in (input_ids, attention_mask) if x is not None]
-    if input_ids.dim() != 2 or not input_ids.numel() or len(set(shapes)) > 1:
-        raise ValueError(
-            f"input_ids, attention_mask: shape {', '.join(map(str, shapes))}: pass (rows, tokens)"
-        )
+    mask_shape = (input_ids if attention_mask is None else attention_mask).shape
+    if input_ids.dim() != 2 or not input_ids.numel() or mask_shape != input_ids.shape:
+        shapes = f"input_ids has shape {tuple(input_ids.shape)}, attention_mask {tuple(mask_shape)}"
+        raise ValueError(f"{shapes}: pass (rows, tokens) for both")
     ids, n, t = input_ids.cpu().long(), num_padding_at_beginning, torch.arange(input_ids.size(1))
     if attention_mask is not None:
         content = attention_mask.cpu().bool()  # (R, T)
@@ -219,7 +218,8 @@ class RewardModel(nn.Module):
 
     def _rewards(self, ids: Tensor, is_key: Tensor, read: Tensor) -> Tensor:
         """r(t) of aligned rows, up to the last of the `read` (R,) tokens of each: (R, E), on the model's device."""
-        ids, is_key = ids[:, : read.max()], is_key[:, : read.max()]  # (R, E)
+        E = int(read.max())
+        ids, is_key = ids[:, :E], is_key[:, :E]
         if self.share_prefix and tree_is_exact(self.rwtransformer):
             return tree_rewards(self, ids, is_key, read)
         inputs = {"input_ids": self._send(ids), "attention_mask": self._send(is_key.long())}
@@ -233,7 +233,8 @@ class RewardModel(nn.Module):
 def check_decoder(config: PretrainedConfig, name: str) -> None:
     if not config.is_encoder_decoder and config.get_text_config(decoder=True) is not config:
         raise ValueError(f"{name} is multimodal: pass its text decoder, such as model.language_model")
-    encodes = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or not hasattr(config, "vocab_size")
+    encoders = transformers.MODEL_FOR_MASKED_LM_MAPPING, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    encodes = any(type(config) in mapping for mapping in encoders) or not hasattr(config, "vocab_size")
     encodes |= config.is_encoder_decoder or getattr(config, "is_causal", True) is False
     looks_ahead = getattr(config, "use_bidirectional_attention", None)  # Gemma's "vision" leaves text causal
     if encodes or looks_ahead not in (None, False, "vision"):
@@ -531,6 +532,7 @@ class PrefixTree:
         output_index (N,): where each node's query stands in the blocks, one after the other.
     """
 
+    @torch.compiler.disable  # its shapes differ from batch to batch
     def __init__(self, ids: Tensor, is_key: Tensor, read: Tensor, send: Callable[[Tensor], Tensor]) -> None:
         t = torch.arange(ids.size(1))
         # Tokens merge where this is equal: an id that is hidden is not the same id seen. -2 is never read.
@@ -576,7 +578,7 @@ class PrefixTree:
         return self.masks[key]
 
 
-@torch.compiler.disable  # its shapes differ from batch to batch
+@torch.compiler.disable  # for the same reason
 def tree_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, unused_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -615,7 +617,7 @@ transformers.AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)  # for p
 
 
 def partition(model: RewardModel, zero_optimization: dict[str, Any]) -> None:
-    """Partition the parameters over the ranks, as rank 0 holds them; the others' are memory-mapped and not read."""
+    """Partition the parameters over the ranks, as rank 0 holds them: newly initialised weights differ by rank."""
     if not dist.is_initialized():
         raise ValueError(
             "ZeRO stage 3 partitions over ranks: start with deepspeed, and init_distributed() first"
