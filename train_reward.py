@@ -21,7 +21,7 @@ import textwrap
 import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +35,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, logging, set_seed
 
-from critic import Tokenizer, create_critic_model, on_rank_0, save_critic_model
+from critic import RewardModel, Tokenizer, create_critic_model, on_rank_0, save_critic_model
 
 
 OUTPUTS = "loss", "chosen_mean_scores", "rejected_mean_scores"  # of the model
@@ -323,9 +323,7 @@ def demonstration(folder: str, seed: int) -> str:
 def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) -> tuple:
     """What a user's input can spoil: the tokenizer, the model, the training pairs and the held-out ones."""
     set_seed(args.seed)
-    ranks = int(
-        os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1")
-    )  # DeepSpeed's, torchrun's
+    ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, os.cpu_count() // ranks)))  # of a fast tokenizer
     path, data_path = args.model_name_or_path, args.data_path or []
     if path is None:
@@ -362,7 +360,7 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
 @torch.no_grad()
 def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dict[str, float]:
     """Accuracy, loss and scores on held-out pairs, bitwise identical on any number of ranks: the batches do
-    not depend on it, and each rank takes its share. A tie is half right."""
+    not depend on it, and each rank takes its share."""
     size, rank, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_rank(), dist.get_world_size()
     results = torch.zeros(3, len(pairs), dtype=torch.float64, device=engine.device)
     engine.eval()
@@ -377,7 +375,7 @@ def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dic
     if not loss.isfinite().all():
         fail(f"step {engine.global_steps}: the held-out loss is not finite: see the data, or lower the lr")
     margin, ties = chosen - rejected, int((chosen == rejected).sum())
-    means = torch.stack([loss, (margin.sign() + 1) / 2, margin, chosen, rejected]).mean(1).tolist()
+    means = torch.stack([loss, count_wins(margin), margin, chosen, rejected]).mean(1).tolist()
     names = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
     return {f"eval_{name}": mean for name, mean in zip(names, means)} | {"eval_ties": ties}
 
@@ -426,6 +424,14 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
         unused = ["optimizer", "scheduler"] + ["zero_optimization"] * (resolved.zero_optimization_stage < 3)
         ds_config = {name: value for name, value in ds_config.items() if name not in unused}
     return ds_config, resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
+
+
+def make_engine(args: argparse.Namespace, ds_config: dict, model: RewardModel, steps: int) -> DeepSpeedEngine:
+    schedule = ds_config.get("scheduler", {}).get("params", {})
+    if schedule.get("total_num_steps") == "auto":
+        schedule["total_num_steps"] = max(steps, schedule.get("warmup_num_steps", 0) + 1)
+    with explain(f"--deepspeed_config {args.deepspeed_config}: DeepSpeed does not accept it, fix it"):
+        return deepspeed.initialize(model=model, config=ds_config)[0]
 
 
 def resume_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, parts: list[Pairs]) -> tuple:
@@ -521,7 +527,18 @@ def take_step(engine: DeepSpeedEngine) -> float | None:
     return None if norm is None else float(norm)
 
 
-def stop(message: str, suspects: Pairs, output_dir: Path) -> NoReturn:
+def sum_metrics(output: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Loss, wins of the chosen responses, and margins, summed over a micro-batch: (3,), on the device."""
+    loss, chosen, rejected = (output[name].detach().double() for name in OUTPUTS)
+    margin = chosen - rejected
+    return torch.stack([loss * len(margin), count_wins(margin).sum(), margin.sum()])
+
+
+def count_wins(margin: torch.Tensor) -> torch.Tensor:
+    return (margin.sign() + 1) / 2  # a tie is half right
+
+
+def stop(message: str, suspects: Iterable[dict[str, Any]], output_dir: Path) -> NoReturn:
     """End the run on every rank with one message, which names up to 8 of the suspect rows of all ranks."""
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, [pair["where"] for pair in suspects])
@@ -541,23 +558,16 @@ def main() -> None:
     epoch_steps, unused_pairs = divmod(len(train_pairs), pairs_per_step)
     total_steps = args.num_train_epochs * epoch_steps
     if not args.eval_only and not epoch_steps:
-        fail(
-            f"{len(train_pairs)} training pairs remain, {pairs_per_step} are needed: pass more, or a smaller batch"
-        )
-    schedule = ds_config.get("scheduler", {}).get("params", {})
-    if schedule.get("total_num_steps") == "auto":
-        schedule["total_num_steps"] = max(total_steps, schedule.get("warmup_num_steps", 0) + 1)
-    with explain(f"--deepspeed_config {args.deepspeed_config}: DeepSpeed does not accept it, fix it"):
-        engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+        fail(f"{len(train_pairs)} training pairs remain, {pairs_per_step} are needed: pass a smaller batch")
+    engine = make_engine(args, ds_config, model, total_steps)
     if args.eval_only:
         print(json.dumps(evaluate(engine, eval_pairs, tokenizer)))
         return show_rewards(engine, eval_pairs, tokenizer)
 
     fingerprint, file = resume_run(engine, args, ds_config, [train_pairs, eval_pairs])
     print(f"{epoch_steps} steps an epoch, which skip {unused_pairs} pairs, others in each epoch")
-    step, log_error = engine.global_steps, ""  # 0, or that of the checkpoint
-    if not step:
-        log_error = log(engine, file, evaluate(engine, eval_pairs, tokenizer))
+    step = engine.global_steps  # 0, or that of the checkpoint
+    log_error = "" if step else log(engine, file, evaluate(engine, eval_pairs, tokenizer))
     progress = bar(initial=step, total=total_steps, desc="training")
     for epoch in range(step // epoch_steps, args.num_train_epochs):
         shuffled = shuffle_prompts(train_pairs, epoch)
@@ -565,7 +575,7 @@ def main() -> None:
             engine.train()
             began = time.perf_counter()
             pairs = deal(shuffled[at : at + pairs_per_step], ranks)[rank]
-            sums = torch.zeros(6, dtype=torch.float64, device=engine.device)
+            sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
             for number in range(accumulation):
                 # Dropout depends on seed, step and rank alone: a resumed run draws what the first would have.
                 torch.manual_seed(args.seed + (step * accumulation + number) * ranks + rank)
@@ -574,23 +584,18 @@ def main() -> None:
                 engine.backward(output["loss"])
                 if number + 1 < accumulation:
                     engine.step()  # counts the micro-batch; the optimizer steps below
-                loss, chosen, rejected = (output[name].detach().double() for name in OUTPUTS)
-                wins = ((chosen - rejected).sign() + 1).sum() / 2  # a tie is half right
-                sums[:4] += torch.stack(
-                    [~loss.isfinite(), loss * micro_batch, wins, (chosen - rejected).sum()]
-                )
-                sums[4] += int(batch["attention_mask"].sum())
-            mine_failed = sums[0].clone()
-            sums[5] += bool(log_error)
+                sums[:3] += sum_metrics(output)
+                sums[3] += int(batch["attention_mask"].sum())
+            sums[4] += bool(log_error)
+            my_loss = sums[0].clone()
             dist.all_reduce(sums)
-            # The only device sync before the optimizer's.
-            failed, loss, accuracy, margin, tokens, unlogged = sums.tolist()
-            loss, accuracy, margin = (total / pairs_per_step for total in (loss, accuracy, margin))
+            *sums, tokens, log_failed = sums.tolist()  # the only device sync before the optimizer's
+            loss, accuracy, margin = (total / pairs_per_step for total in sums)
             step += 1
-            if unlogged:
-                on_rank_0(lambda: fail(log_error))
-            if failed:
-                stop(f"step {step}: the loss is not finite", pairs if mine_failed else [], output_dir)
+            if log_failed:
+                on_rank_0(functools.partial(fail, log_error))
+            if not math.isfinite(loss):
+                stop(f"step {step}: the loss is not finite", [] if my_loss.isfinite() else pairs, output_dir)
             learning_rate, grad_norm = engine.get_lr()[0], take_step(engine)
             if not math.isfinite(grad_norm or 0):
                 stop(f"step {step}: the gradient is not finite (loss {loss:.4g})", pairs, output_dir)
