@@ -446,7 +446,7 @@ STEPS = {
     for n in (1, 16, 64)
 }
 STEPS["one block"] = lambda q, k, _: torch.zeros_like(q)
-ON_A_GPU = functools.partial(lambda rule, q, k, _: rule(q, k, torch.device("meta")), critic.block_of)
+ON_A_GPU = functools.partial(lambda rule, q, k, _: rule(q, k, torch.device("meta")), critic.block_labels)
 STEPS["a GPU's, lengths times 16"] = lambda q, k, _: ON_A_GPU(16 * q, 16 * k, _)
 
 
@@ -454,7 +454,7 @@ STEPS["a GPU's, lengths times 16"] = lambda q, k, _: ON_A_GPU(16 * q, 16 * k, _)
 @pytest.mark.parametrize("name", TREES)
 def test_blocks_of_any_step_equal_the_padded_batch(name, step, tokenizer, monkeypatch):
     """In value and every gradient, with windows, and through the code path of dropout (of probability 1e-9)."""
-    monkeypatch.setattr(critic, "block_of", STEPS[step])
+    monkeypatch.setattr(critic, "block_labels", STEPS[step])
     for seed, loss_on in itertools.product(range(3), ("tokens", "end")):
         model = make_model(name, tokenizer, dropout=1e-9 * (seed == 1)).train()
         ids, mask = pad_rows(random_rows(100 + seed, B=4), ("left", "right")[seed % 2])
@@ -495,7 +495,7 @@ class Operations(TorchDispatchMode):
 def operations_per_layer(build, batch, share):
     """What one layer more dispatches, forward and backward, with the blocks of an accelerator."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(critic, "block_of", ON_A_GPU)
+        patch.setattr(critic, "block_labels", ON_A_GPU)
         counts = []
         for layers in (1, 2):
             model, passes = build(layers).train(), (Operations(), Operations())
@@ -595,7 +595,7 @@ def test_every_family_from_a_saved_language_model(family, tokenizer, tmp_path):
         OUTCOMES[family] = "no critic"
         return
     if family in NO_HEAD:
-        with pytest.raises(ValueError, match="do not fit: missing|cannot be read"):
+        with pytest.raises(ValueError, match="do not match the model: missing|cannot be read"):
             create_critic_model(str(tmp_path / "base"), tokenizer, None)
         OUTCOMES[family] = "error"
         return
@@ -650,7 +650,7 @@ def test_every_family_counts(capsys):
 # ---- chapter 1 alone ----
 
 HANDOVER = """        if self.share_prefix and tree_is_exact(self.rwtransformer):
-            return tree_rewards(self, ids, is_key, read)
+            return tree_rewards(self, ids, is_key, needed)
 """
 
 
@@ -1090,8 +1090,8 @@ def custom_code(folder):
 
 OTHERS_FOLDERS = {
     "an unknown head": (renamed("reward_head"), "unexpected model.reward_head.weight; .*rename its key to score.weight"),
-    "a head with a bias": (renamed("v_head", ["v_head.bias"]), "unexpected score.bias; a critic's head is one row without a bias"),
-    "trl's value head": (renamed("v_head.summary", ["v_head.summary.bias"]), "unexpected score.summary.*without a bias"),
+    "a head with a bias": (renamed("v_head", ["v_head.bias"]), "unexpected score.bias; the head .score. must have one output and no bias"),
+    "trl's value head": (renamed("v_head.summary", ["v_head.summary.bias"]), "unexpected score.summary.*no bias"),
     "a PEFT adapter": (adapter, "is a PEFT adapter: merge it .*merge_and_unload"),
     "a DeepSpeed checkpoint": (deepspeed_checkpoint, "is a DeepSpeed checkpoint: pass the folder that save_critic_model wrote"),
     "custom code": (custom_code, "trust_remote_code|custom code|does not recognize"),
@@ -1114,7 +1114,7 @@ def test_bad_ds_config_and_stage_3_without_a_launcher(tokenizer, tmp_path):
             ValueError, match=f"{name} in ds_config has .enabled.: 'auto': write true or false"
         ):
             create_critic_model(base, tokenizer, {name: {"enabled": "auto"}})
-    with pytest.raises(ValueError, match="ZeRO stage 3 partitions over ranks: start with deepspeed"):
+    with pytest.raises(ValueError, match="ZeRO stage 3 partitions over ranks: launch with deepspeed"):
         create_critic_model(base, tokenizer, {"zero_optimization": {"stage": 3}})
 
 
