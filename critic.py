@@ -240,10 +240,13 @@ def check_decoder(config: PretrainedConfig, name: str) -> None:
     if not config.is_encoder_decoder and config.get_text_config(decoder=True) is not config:
         raise ValueError(f"{name} is multimodal: pass its text decoder, such as model.language_model")
     encoders = transformers.MODEL_FOR_MASKED_LM_MAPPING, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    is_encoder = any(type(config) in mapping for mapping in encoders) or not hasattr(config, "vocab_size")
-    is_encoder |= config.is_encoder_decoder or getattr(config, "is_causal", True) is False
+    is_encoder = config.is_encoder_decoder or any(type(config) in mapping for mapping in encoders)
+    is_text = hasattr(config, "vocab_size") and type(config) in transformers.MODEL_MAPPING
     bidirectional = getattr(config, "use_bidirectional_attention", None)  # Gemma's "vision" keeps text causal
-    if is_encoder or bidirectional not in (None, False, "vision"):
+    bidirectional = (
+        bidirectional not in (None, False, "vision") or getattr(config, "is_causal", True) is False
+    )
+    if is_encoder or bidirectional or not is_text:
         raise ValueError(f"{name} is a {config.model_type} model: a critic needs a causal decoder")
 
 
@@ -604,7 +607,7 @@ class PrefixTree:
 
 @torch.compiler.disable  # its shapes differ from batch to batch
 def tree_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, unused_mask: Tensor | None, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention, the only operation that mixes tokens: the new nodes of a row over all nodes of the row.
 
@@ -617,7 +620,7 @@ def tree_attention(
     """
     tree = options.pop("tree", None)
     if tree is None:
-        return transformers.AttentionInterface()["sdpa"](module, query, key, value, unused_mask, **options)
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
     # None means full attention (EXAONE 4). The module's window counts only if none is passed (Qwen2-MoE).
     window = options.get("sliding_window", getattr(module, "sliding_window", None))
     settings = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}

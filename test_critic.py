@@ -554,7 +554,17 @@ NOT_EQUAL = {"axk2", "deepseek_v32", "cpmant", "zamba2", "xmod", "longcat_flash"
 
 
 if OLD:  # jamba needs kernels there; the others take other arguments, or their tiny config is wrong
-    NOT_EQUAL |= {"jamba", "openai-gpt", "xlstm", "zamba", "doge", "apertus", "recurrent_gemma", "biogpt", "moshi"}
+    NOT_EQUAL |= {
+        "jamba",
+        "openai-gpt",
+        "xlstm",
+        "zamba",
+        "doge",
+        "apertus",
+        "recurrent_gemma",
+        "biogpt",
+        "moshi",
+    }
     NO_HEAD |= {"gemma3n", "gemma3n_text"}
 
 
@@ -1010,7 +1020,9 @@ EYES = {
     "deepstack_visual_indexes": [0], "head_dim": 16, "d_model": 32, "mlp_dim": 48, "projection_dim": 32,
 }  # fmt: skip
 MULTIMODAL = ["gemma3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "mistral3", "llama4", "llava", "internvl", "idefics3", "smolvlm", "aya_vision"]  # fmt: skip
-MULTIMODAL = [name for name in MULTIMODAL if name in transformers.CONFIG_MAPPING and not (OLD and name == "qwen3_vl")]
+MULTIMODAL = [
+    name for name in MULTIMODAL if name in transformers.CONFIG_MAPPING and not (OLD and name == "qwen3_vl")
+]
 
 
 def tiny_multimodal(name):
@@ -1268,7 +1280,12 @@ PORTS = itertools.count(20_000 + os.getpid() % 10_000)  # below those that a sys
 
 
 def surroundings(**environment):
-    usual = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    usual = {
+        "PYTHONPATH": str(HERE),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     return os.environ | usual | environment
 
 
@@ -1421,7 +1438,7 @@ def test_loop_two_ranks_evaluate_exactly_as_one_and_stages_take_the_same_steps(t
 
 def test_loop_one_rank_tells_and_a_log_file_gets_two_lines_a_minute(trained, training):
     said = trained[2, 0][2]
-    for once in ("3 steps an epoch, which skip 0 pairs", "critic saved: load it", "step 12: eval_loss"):
+    for once in ("3 steps per epoch; 0 pairs are left over", "critic saved: load it", "step 12: eval_loss"):
         assert said.count(once) == 1
     bars = re.findall(r"training: +\d+%.*?\[(\d+):(\d+)<", said)
     minutes = int(bars[-1][0]) + int(bars[-1][1]) / 60
@@ -1662,7 +1679,9 @@ def test_loop_what_each_rank_sees(training, tmp_path):
     arguments = training(tmp_path / "out", 0, 2, train_micro_batch_size_per_gpu=2)
     del arguments[4:6]  # held-out data
     more = ["--num_train_epochs", "2", "--save_interval", "0", "--data_path", data]
-    assert "2 steps an epoch, which skip 5 pairs" in launch(*arguments, *more, script=tmp_path / "watch.py")
+    assert "2 steps per epoch; 5 pairs are left over" in launch(
+        *arguments, *more, script=tmp_path / "watch.py"
+    )
     seen, epochs = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)], []
     for epoch in (0, 4):  # two batches of each rank in a step
         steps = [[rank["main"][epoch + at : epoch + at + 2] for rank in seen] for at in (0, 2)]
@@ -1998,10 +2017,10 @@ def test_loop_an_error_on_one_rank_ends_all_with_that_error(training, tmp_path):
     notes the error that reached it. Seconds, not the six hours after which a collective gives up."""
     (tmp_path / "faults.py").write_text(RANK_FAULTS)
     messages = {
-        "loss": "step 2: the loss is not finite: see .*train.jsonl.gz:",
+        "loss": "step 2: the loss is not finite: check .*train.jsonl.gz:",
         "critic": "out cannot be written .No space left",
-        "metrics": "metrics cannot be written, free space and --resume .No space left",
-        "checkpoint": "checkpoint cannot be written, the older ones are whole .*No space left",
+        "metrics": "metrics cannot be written; free space, then rerun with --resume .No space left",
+        "checkpoint": "checkpoint cannot be written; the older ones are intact .*No space left",
     }
 
     def run(fault):
@@ -2061,7 +2080,7 @@ def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
     }  # fmt: skip
     cases = {name: [*training(output), "--resume", *change] for name, change in changes.items()}
     for name, (code, message, _) in drive(cases, tmp_path).items():
-        assert code == 1 and "put it back" in message
+        assert code == 1 and "restore it" in message
         assert name.partition(",")[0] in message and "the number of ranks" in message
         assert ("the data" in message) == ("data" in name)
     assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
@@ -2073,8 +2092,8 @@ def test_loop_nothing_is_made_of_ruins(training, trained, tmp_path):
         shutil.copytree(trained[1, 0][0], tmp_path / name, ignore=shutil.ignore_patterns(lost))
     ruin = {"optimizer": {"type": "AdamW", "params": {"lr": math.inf, "torch_adam": True}}, "scheduler": None}
     cases = {
-        "step-000000012: cannot be read, delete it": [*training(tmp_path / "damaged", 0, 4), "--resume"],
-        "holds metrics.jsonl, checkpoints, config.json: pass": [*training(tmp_path / "done", 0, 4), "--resume"],
+        "step-000000012: cannot be read; delete it": [*training(tmp_path / "damaged", 0, 4), "--resume"],
+        "holds metrics.jsonl, checkpoints, config.json but no checkpoint to resume from: pass": [*training(tmp_path / "done", 0, 4), "--resume"],
         "step 1: the held-out loss is not finite": [*training(tmp_path / "new", 0, 12, **ruin), "--num_train_epochs", 1],
     }  # fmt: skip
     for message, (code, said, _) in drive(cases, tmp_path).items():
@@ -2197,10 +2216,10 @@ BAD_INPUT = {
     "an unknown loss": (["--loss_on", "mean"], "--loss_on: invalid choice: 'mean'"),
     "an unknown flag": (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
     "an unknown model": (["--model_name_or_path", "no/such-model"], "no/such-model"),
-    "evaluating a base model": (["--eval_only", "--eval_path", "good.jsonl"], "no value head|without a value head"),
+    "evaluating a base model": (["--eval_only", "--eval_path", "good.jsonl"], "looks like a base model"),
     "a run in output_dir": (["--output_dir", "used"], "used holds metrics.jsonl, checkpoints: pass another --output_dir, or --resume"),
     "another run in output_dir": (["--output_dir", "used", "--resume"], "metrics.jsonl: another run is writing here"),
-    "a model in output_dir": (["--output_dir", "base", "--resume"], "base holds config.json: pass another --output_dir"),
+    "a model in output_dir": (["--output_dir", "base", "--resume"], "base holds config.json but no checkpoint to resume from: pass another --output_dir"),
     "output_dir below a file": (["--output_dir", "base/config.json/out"], "base/config.json/out"),
     "no config": (["--deepspeed_config", "missing.json"], "missing.json"),
     "a config that is not JSON": (["--deepspeed_config", "good.jsonl"], "good.jsonl: pass JSON for DeepSpeed"),
@@ -2274,7 +2293,9 @@ def measured(run, memory=True):
         torch.cuda.synchronize()
         start_memory = torch.cuda.memory_allocated() / 2**20
     elif memory:
-        ctypes.CDLL(None).malloc_trim(0)  # what an earlier run left in the allocator would hide this one's need
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what an earlier run left in the allocator would hide this one's need
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         start_memory = resident("VmRSS")
     start = time.perf_counter()

@@ -45,22 +45,22 @@ def parse_args() -> argparse.Namespace:
     formatter, yes_or_no = argparse.ArgumentDefaultsHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--model_name_or_path", help="pretrained decoder, folder or hub id; none: made on the spot")
-    add("--data_path", nargs="+", help="pairs: .jsonl[.gz], hub owner/name; none: Python's manual")
-    add("--eval_path", nargs="+", help="held-out pairs; none: those of a tenth of the prompts")
+    add("--model_name_or_path", help="pretrained decoder: folder or hub id (omit for the demo)")
+    add("--data_path", nargs="+", help="pairs: .jsonl[.gz] files or hub datasets (omit for the demo)")
+    add("--eval_path", nargs="+", help="held-out pairs (default: those of 10%% of the prompts)")
     add("--max_seq_len", type=int, default=512, help="tokens; pairs with a longer text are dropped")
     add("--num_train_epochs", type=int, default=1, help="passes over the data")
     add("--output_dir", default="output", help="where critic, metrics.jsonl and checkpoints go")
-    add("--seed", type=int, default=1234, help="of the value head, the order of the data and dropout")
+    add("--seed", type=int, default=1234, help="for the value head, the order of the data and dropout")
     add("--dropout", type=float, help="overrides every dropout probability of the model")
     add("--compute_fp32_loss", action=yes_or_no, default=True, help="value head and loss in float32")
-    add("--loss_on", choices=["tokens", "end"], default="tokens", help="the positions that the loss reads")
+    add("--loss_on", choices=["tokens", "end"], default="tokens", help="after the common prefix, or the last")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add("--eval_interval", type=int, default=0, help="optimizer steps between evaluations (0: none between)")
-    add("--save_interval", type=int, default=0, help="optimizer steps between checkpoints (0: none)")
+    add("--eval_interval", type=int, default=0, help="steps between evaluations (0: only at start and end)")
+    add("--save_interval", type=int, default=0, help="steps between checkpoints (0: no checkpoints)")
     add("--eval_only", action="store_true", help="only evaluate a trained reward model on --eval_path")
     add("--resume", action="store_true", help="resume from the newest checkpoint in --output_dir, if any")
-    add("--deepspeed_config", default=f"{Path(__file__).parent}/ds_config.json", help="batch, lr, ZeRO")
+    add("--deepspeed_config", default=f"{Path(__file__).parent}/ds_config.json", help="batch, lr, ZeRO, ...")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
     has_data = args.eval_path if args.eval_only else args.data_path
@@ -77,7 +77,7 @@ def fail(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def explain(message: str, width: int = 2000) -> Any:
-    """Turn any exception inside into a one-line error: what is wrong and what to do, then the library's reason."""
+    """Exit with one line on any exception inside: what is wrong, what to do, and the library's reason."""
     try:
         yield
     except Exception as error:
@@ -87,16 +87,18 @@ def explain(message: str, width: int = 2000) -> Any:
 
 def bar(*args: Any, **options: Any) -> tqdm:
     """A progress bar on rank 0; in a log file it writes twice a minute."""
-    pause, others = 0.1 if sys.stderr.isatty() else 30, dist.is_initialized() and dist.get_rank() > 0
-    return tqdm(*args, disable=others, mininterval=pause, maxinterval=max(10, pause), **options)
+    pause, hidden = 0.1 if sys.stderr.isatty() else 30, dist.is_initialized() and dist.get_rank() > 0
+    return tqdm(*args, disable=hidden, mininterval=pause, maxinterval=max(10, pause), **options)
 
 
 class Pairs:
-    """Pairs of token ids, 4 bytes per token. An integer reads a pair; a slice, mask or indices select."""
+    """Pairs of token ids, 4 bytes per token. An integer gives one pair; a slice, mask or indices give
+    Pairs."""
 
     def __init__(self, paths: list[str], ids: torch.Tensor, table: torch.Tensor) -> None:
         self.paths, self.ids = paths, ids  # ids (tokens,) int32: all texts, end to end
-        # (pairs, 8) int64: path, line, hash of the prompt, its random number, start and end of both in ids
+        # (pairs, 8) int64: path, line, the prompt's hash and random number, start and end of both texts in
+        # ids
         self.table, self.prompts = table, table[:, 2]
 
     def __len__(self) -> int:
@@ -111,48 +113,48 @@ class Pairs:
 
 
 def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
-    """The number and JSON value of each line of a .jsonl[.gz] file, or row of a hub dataset's split."""
-    found, present = 0, None
-    with explain(f"{path}: cannot be read, pass a .jsonl[.gz] file, or pip install datasets for a hub's", 80):
+    """Yield (number, JSON value) for each line of a .jsonl[.gz] file, or each row of a hub dataset."""
+    found, drop_nulls = 0, None
+    with explain(f"{path}: cannot be read; pass a .jsonl[.gz] file, or pip install datasets for the hub", 80):
         if path.endswith((".jsonl", ".jsonl.gz")):
             read = functools.partial(gzip.open if path.endswith(".gz") else open, path, "rb")
-            lines, count = read(), sum(1 for _ in read())
+            lines, count = read(), sum(1 for _ in read())  # for the progress bar
         else:
             from datasets import load_dataset
 
             rows = load_dataset(path, split=split)
             lines, count = (json.dumps(row, default=str) for row in rows), len(rows)
-            # Parquet gives all messages the same keys, null where absent, which a template takes for a value.
-            present = lambda item: {key: value for key, value in item.items() if value is not None}
+            # Parquet gives all messages the same keys, null where absent, which a template would render.
+            drop_nulls = lambda item: {key: value for key, value in item.items() if value is not None}
         for number, line in enumerate(bar(lines, total=count, desc="tokenizing", delay=2), 1):
             if line.strip():
-                with explain(f"{path}:{number}: not JSON in UTF-8, fix or delete the line", 100):
-                    row = json.loads(line, object_hook=present)
+                with explain(f"{path}:{number}: not JSON in UTF-8; fix or delete the line", 100):
+                    row = json.loads(line, object_hook=drop_nulls)
                     json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate fails here
                 found += 1
                 yield number, row
     if not found:
-        fail(f"{path}: no rows, pass a file with one JSON object per line")
+        fail(f"{path}: no rows; pass a file with one JSON object per line")
 
 
 def check_response(value: Any, where: str) -> str | list[dict[str, Any]]:
-    """A text, or a list of messages, whose content the template checks. A message alone is a list of one."""
+    """A text, or a list of messages, whose content the template checks. One message becomes a list."""
     value = [value] if isinstance(value, dict) else value
-    talk = isinstance(value, list) and all(
+    is_dialogue = isinstance(value, list) and all(
         isinstance(message, dict)
         and isinstance(message.get("role"), str)
         and not isinstance(message.get("content"), int | float)
         for message in value
     )
-    if not value or not (talk or isinstance(value, str) and value.strip()):
+    if not value or not (is_dialogue or isinstance(value, str) and value.strip()):
         found = "a number" if type(value) in (int, float) else json.dumps(value)[:50]
         fail(f'{where} is {found}; expected a text, or a list of {{"role", "content"}} messages')
     return value
 
 
 def check_row(row: Any, where: str) -> tuple[Any, list[list[Any]]]:
-    """A row's prompt or None, and its responses in levels: chosen and rejected, or one per rank. Each is
-    better than those of later levels."""
+    """A row's prompt or None, and its responses in levels from best to worst: chosen and rejected, or one
+    level per `ranked` response."""
     row = row if isinstance(row, dict) else {}
     several = lambda value: isinstance(value, list) and value and isinstance(value[0], str | list)
     groups = [(key, row.get(key)) for key in ("chosen", "rejected")]
@@ -168,7 +170,7 @@ def check_row(row: Any, where: str) -> tuple[Any, list[list[Any]]]:
     if isinstance(prompt, str) and not any(isinstance(response, str) for response in responses):
         asked = [[m.get("content") for m in response if m["role"] == "user"][:1] for response in responses]
         if asked != [[prompt]] * len(asked):
-            fail(f'{where}: "prompt" is not the first user message of each response; pass it as messages')
+            fail(f'{where}: "prompt" is not the first user message of each response; pass a list of messages')
         prompt = None  # the dialogues are complete, as in UltraFeedback and Tulu 3
     if len({type(text) for text in (prompt or responses[0], *responses)}) > 1:
         fail(f"{where}: texts and messages are mixed; expected the prompt and all responses in one form")
@@ -176,18 +178,19 @@ def check_row(row: Any, where: str) -> tuple[Any, list[list[Any]]]:
 
 
 def render(row: Any, where: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[str, str]], bool]:
-    """A row's prompt, which keeps the pairs of one prompt together, its complete texts in pairs, and if they
-    need BOS, which a chat template writes itself. Without a prompt it is what the texts begin with, up to
-    HH-RLHF's last turn or a line."""
+    """A row's prompt, by which pairs are grouped; its (chosen, rejected) texts; whether to add BOS, which a
+    chat template adds itself. A missing prompt is the common prefix, cut at the last "\\n\\nAssistant:" or
+    newline."""
     prompt, levels = check_row(row, where)
     responses = list(itertools.chain(*levels))
     if is_text := isinstance(responses[0], str):
         common = prompt or os.path.commonprefix(responses)
+        # HH-RLHF's last turn belongs to the response; so does a line that both responses begin alike.
         common = common.rpartition("\n\nAssistant:")[0] or prompt or common.rpartition("\n")[0] or common
         common, texts = common.strip(), [[(prompt or "") + text for text in level] for level in levels]
     else:
-        alike = itertools.takewhile(lambda turns: turns.count(turns[0]) == len(turns), zip(*responses))
-        common = json.dumps(prompt or [turns[0] for turns in alike])
+        shared_turns = itertools.takewhile(lambda turns: turns.count(turns[0]) == len(turns), zip(*responses))
+        common = json.dumps(prompt or [turns[0] for turns in shared_turns])
         write = functools.partial(tokenizer.apply_chat_template, tools=row.get("tools"), tokenize=False)
         with explain(f"{where}: the tokenizer's chat template fails on these messages", 100):
             texts = [[write((prompt or []) + messages).rstrip() for messages in level] for level in levels]
@@ -196,8 +199,9 @@ def render(row: Any, where: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[
 
 
 def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> Pairs:
-    """Pairs of token ids, each text ending with EOS. Identical pairs are dropped and counted, and so are
-    those that are too long: cut at the end, they would train on half a response."""
+    """Pairs of token ids, each text ending with EOS. Pairs of identical texts are dropped and counted, and so
+    are
+    those with a text that is too long: truncated, it would train on half a response."""
     ids, table, eos = array("i"), array("q"), tokenizer.eos_token_id
     count, dropped, lost = 0, Counter(), {}
     rows = (
@@ -205,17 +209,17 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
         for file, path in enumerate(paths)
         for line, row in read_rows(path, split)
     )
-    # A fast tokenizer uses its threads on a batch: about a thousand texts, which all need BOS or all have it.
+    # Fast tokenizers use threads on a batch: here 500 rows, all with or all without BOS.
     for (_, bos), group in itertools.groupby(enumerate(rows), lambda item: (item[0] // 500, item[1][-1])):
         batch, starts = [row for _, row in group], {}
         texts = list({text: None for *_, pairs, _ in batch for pair in pairs for text in pair})
         tokens = tokenizer(texts, add_special_tokens=bos, return_attention_mask=False)["input_ids"]
-        for row in tokens:
-            row.extend([eos] if row[-1:] != [eos] else [])
+        for sequence in tokens:
+            sequence.extend([eos] if sequence[-1:] != [eos] else [])
         tokens, count = dict(zip(texts, tokens)), count + len(batch)
         for file, line, row, prompt, pairs, _ in batch:
             if prompt in ("", "[]"):
-                lost.setdefault(paths[file], Counter()).update(["", *row])
+                lost.setdefault(paths[file], Counter()).update(["", *row])  # "" counts the rows
             draw = int(random.Random(f"{seed} {prompt}").random() * 2**53)
             prompt = int.from_bytes(sha256(prompt.encode()).digest()[:8], "big", signed=True)
             for pair in pairs:
@@ -244,22 +248,23 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
 
 
 def shuffle_prompts(pairs: Pairs, epoch: int) -> Pairs:
-    """Prompts in random order, each with all its pairs: compared in one batch they overfit less (InstructGPT,
-    arXiv:2203.02155, section 3.5), and the critic computes once what they have in common."""
-    # Random numbers times an odd one, modulo 2**64, are in another random order, and still differ.
+    """Prompts in random order, each with all its pairs: in one batch they overfit less (InstructGPT,
+    arXiv:2203.02155, section 3.5), and the critic computes their common prefix once."""
+    # Multiplying by an odd number modulo 2**64 gives another random order, and keeps the numbers distinct.
     factor = 2 * random.Random(epoch).getrandbits(62) + 1 if epoch else 1
     return pairs[(pairs.table[:, 3] * factor).argsort(stable=True)]
 
 
 def count_nodes(pairs: Pairs) -> int:
-    """Tokens that the critic computes for these pairs: each distinct (prefix, token) once."""
+    """Content tokens of the prefix tree of these pairs: each distinct (prefix, token) once."""
     rows = sorted(pair[side] for pair in pairs for side in ("chosen", "rejected"))
     return sum(map(len, rows)) - sum(len(os.path.commonprefix(two)) for two in zip(rows, rows[1:]))
 
 
 def deal(pairs: Pairs, ranks: int) -> list[Pairs]:
-    """Give each rank the same number of pairs and about as many tokens, since all wait for the fullest. Prompts
-    go to the emptiest rank, the largest first; the pairs of a prompt stay together where they fit."""
+    """Give each rank the same number of pairs and similar token counts, since all wait for the slowest. The
+    largest prompts come first, each to the rank with the fewest tokens; a prompt's pairs stay together where
+    they fit."""
     dealt, loads, size = [[] for _ in range(ranks)], [0] * ranks, len(pairs) // ranks
     prompts = defaultdict(list)
     for pair in pairs:
@@ -281,7 +286,7 @@ def collate(pairs: Pairs, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
 
 
 def data_fingerprint(parts: list[Pairs]) -> str:
-    """A digest of all prompts and token ids in their order, training and held-out pairs apart."""
+    """A digest of all prompts and token ids in their order, separately for training and held-out pairs."""
     digest = sha256()
     for part in parts:
         digest.update(f"{len(part)} pairs".encode())
@@ -315,33 +320,33 @@ def demonstration(folder: str, seed: int) -> str:
     tokenizer.save_pretrained(folder)
     sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=1)
-    config.save_pretrained(folder)  # a model's own `save_pretrained` writes on rank 0 alone
+    config.save_pretrained(folder)  # a model's own `save_pretrained` writes only on rank 0
     torch.save(AutoModel.from_config(config).state_dict(), Path(folder, "pytorch_model.bin"))
     return str(path)
 
 
 def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) -> tuple:
-    """What a user's input can spoil: the tokenizer, the model, the training pairs and the held-out ones."""
+    """All that can fail on bad input. Returns tokenizer, model, training pairs and held-out pairs."""
     set_seed(args.seed)
-    ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
-    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, os.cpu_count() // ranks)))  # of a fast tokenizer
+    ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1"))  # or torchrun's
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, os.cpu_count() // ranks)))  # the tokenizer's
     path, data_path = args.model_name_or_path, args.data_path or []
     if path is None:
         path, data_path = folder, [demonstration(folder, args.seed)]
     with explain(f"--model_name_or_path {path}: pass a hub id or a folder with config.json and tokenizer"):
         tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
     if tokenizer.eos_token is None:
-        fail(f"{path}: the tokenizer has no EOS token, with which every text ends: set one, save it")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # EOS is content; but a critic cannot grow
+        fail(f"{path}: the tokenizer has no EOS token, with which every text ends; set one and save it")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # must differ; a trained critic cannot grow
         tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token if args.eval_only else "[PAD]"})
     if args.max_seq_len > (limit := getattr(config, "max_position_embeddings", args.max_seq_len)):
-        fail(f"--max_seq_len is {args.max_seq_len}, but {path} has {limit} positions: pass no more")
+        fail(f"--max_seq_len is {args.max_seq_len}, but {path} has {limit} positions: pass at most that")
     read = functools.partial(read_pairs, tokenizer=tokenizer, max_seq_len=args.max_seq_len, seed=args.seed)
     train_pairs = read(data_path, "train") if data_path else None
     if args.eval_path:
         eval_pairs = read(args.eval_path, "test")
         train_pairs = train_pairs or eval_pairs[:0]
-    else:  # no prompt on both sides
+    else:  # each prompt is in one part only
         prompts = shuffle_prompts(train_pairs, 0).prompts.unique_consecutive()
         held_out = torch.isin(train_pairs.prompts, prompts[: math.ceil(len(prompts) / 10)])
         train_pairs, eval_pairs = train_pairs[~held_out], train_pairs[held_out]
@@ -359,30 +364,31 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
 
 @torch.no_grad()
 def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dict[str, float]:
-    """Accuracy, loss and scores on held-out pairs, bitwise identical on any number of ranks: the batches do
-    not depend on it, and each rank takes its share."""
+    """Accuracy, loss and scores on held-out pairs, bitwise identical on any number of ranks, as the batches
+    are."""
     size, rank, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_rank(), dist.get_world_size()
     results = torch.zeros(3, len(pairs), dtype=torch.float64, device=engine.device)
     engine.eval()
     for at in bar(range(0, len(pairs), size * ranks), desc="evaluating", delay=2, leave=False):
         mine = slice(at + rank * size, at + (rank + 1) * size)
-        # Under ZeRO-3 every rank must take part in every forward: one without pairs repeats one.
+        # Under ZeRO-3 every rank must take part in every forward: an idle rank repeats the first pair.
         output = engine(**collate(pairs[mine] or pairs[:1], tokenizer))
         for result, name in zip(results, OUTPUTS):
             result[mine] = output[name].double()
     dist.all_reduce(results)
     loss, chosen, rejected = results
     if not loss.isfinite().all():
-        fail(f"step {engine.global_steps}: the held-out loss is not finite: see the data, or lower the lr")
+        fail(f"step {engine.global_steps}: the held-out loss is not finite: check the data, or lower the lr")
     margin, ties = chosen - rejected, int((chosen == rejected).sum())
-    means = torch.stack([loss, count_wins(margin), margin, chosen, rejected]).mean(1).tolist()
+    means = torch.stack([loss, wins(margin), margin, chosen, rejected]).mean(1).tolist()
     names = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
     return {f"eval_{name}": mean for name, mean in zip(names, means)} | {"eval_ties": ties}
 
 
 @torch.no_grad()
 def show_rewards(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> None:
-    """Print two pairs word by word from where they part, each word with the reward at its last token."""
+    """Print two pairs from their first difference, each word with the reward at its last token; on a terminal
+    as a colour, green above the mean."""
     engine.eval()
     style = "\033[4{0}m{1}\033[0m" if sys.stdout.isatty() else "{1}({2:+.1f})"
     numbers = list({prompt: number for number, prompt in enumerate(pairs.prompts.tolist())}.values())[:2]
@@ -394,19 +400,20 @@ def show_rewards(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) ->
         for text, longer, reward in zip(texts, texts[1:], rewards[parting:]):
             begins = not words or longer[len(text) :][:1].isspace()
             words.append((("" if begins else words.pop()[0]) + longer[len(text) :], reward))
-        middle = sum(rewards) / len(rewards)
-        shown = [style.format(1 + (reward > middle), word.strip(), reward) for word, reward in words[:60]]
+        mean = sum(rewards) / len(rewards)
+        shown = [style.format(1 + (reward > mean), word.strip(), reward) for word, reward in words[:60]]
         print(f"{side}, end score {rewards[-1]:+.3f}: ... {' '.join(shown)}{' ...' * (len(words) > 60)}")
 
 
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
-    """Join the ranks. Returns the DeepSpeed config, the micro-batch of a rank, and the accumulation."""
+    """Initialise torch.distributed. Returns the DeepSpeed config, the pairs of a micro-batch per rank, and
+    the number of micro-batches per step."""
     if "RANK" not in os.environ:  # `python train_reward.py`, without a launcher; port 0 is any free one
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    if "OMP_NUM_THREADS" not in os.environ:  # else the ranks of one machine fight for its cores
+    if "OMP_NUM_THREADS" not in os.environ:  # else the ranks of a machine compete for its cores
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", "1"))))
     logging.set_verbosity_error()  # else transformers warns that the head is newly initialised
-    deepspeed.init_distributed(timeout=timedelta(hours=6))  # rank 0 may write 140 GB to a slow disk meanwhile
+    deepspeed.init_distributed(timeout=timedelta(hours=6))  # rank 0 may take hours to write 140 GB
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # only rank 0 prints
     folder, path = Path(args.output_dir), args.deepspeed_config
@@ -414,13 +421,16 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
     found = on_rank_0(lambda: [name for name in names if (folder / name).exists()])
     can_resume = args.resume and ("config.json" not in found or newest_checkpoint(folder))
     if not args.eval_only and found and not can_resume:
-        fail(f"{folder} holds {', '.join(found)}: pass another --output_dir, or --resume a run")
+        found = f"{', '.join(found)}{' but no checkpoint to resume from' if args.resume else ''}"
+        fail(
+            f"{folder} holds {found}: pass another --output_dir{'' if args.resume else ', or --resume a run'}"
+        )
     with explain(
         f"--deepspeed_config {path}: pass JSON for DeepSpeed, with an optimizer, like ds_config.json"
     ):
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
         resolved, _ = DeepSpeedConfig(ds_config), ds_config["optimizer"]
-    if args.eval_only:  # an optimizer takes memory, and ZeRO 1 and 2 partition nothing else
+    if args.eval_only:  # needs no optimizer, and without one ZeRO 1 and 2 do nothing
         unused = ["optimizer", "scheduler"] + ["zero_optimization"] * (resolved.zero_optimization_stage < 3)
         ds_config = {name: value for name, value in ds_config.items() if name not in unused}
     return ds_config, resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
@@ -435,8 +445,8 @@ def make_engine(args: argparse.Namespace, ds_config: dict, model: RewardModel, s
 
 
 def resume_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, parts: list[Pairs]) -> tuple:
-    """Lock metrics.jsonl, then load the newest checkpoint, if the settings are still those of its fingerprint.
-    Returns the fingerprint and the file."""
+    """Lock metrics.jsonl, then load the newest checkpoint, if any; exit if settings changed since. Returns
+    the fingerprint of the settings, and the file."""
     flags = ("model_name_or_path", "seed", "num_train_epochs", "dropout", "compute_fp32_loss", "loss_on")
     fingerprint = {f"--{name}": getattr(args, name) for name in flags}
     fingerprint |= {f"{name} in the DeepSpeed config": value for name, value in config.items()}
@@ -444,21 +454,21 @@ def resume_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, 
     folder, files = Path(args.output_dir), []
 
     def lock() -> None:
-        with explain(f"--output_dir {folder}: cannot be written, pass another"):
+        with explain(f"--output_dir {folder}: cannot be written; pass another"):
             folder.mkdir(parents=True, exist_ok=True)
             files.append((folder / "metrics.jsonl").open("a", encoding="utf-8"))
-        with explain(f"{files[0].name}: another run is writing here, end its processes first"):
+        with explain(f"{files[0].name}: another run is writing here; end its processes first"):
             fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # ranks may outlive their launcher
 
     on_rank_0(lock)
     file, written = files[0] if files else io.StringIO(), 0
     if newest := newest_checkpoint(folder):
-        with explain(f"{newest}: cannot be read, delete it to resume from the one before"):
+        with explain(f"{newest}: cannot be read; delete it to resume from the one before"):
             before, written = json.loads((newest / "run.json").read_text())
             if changed := [
                 name for name in before | fingerprint if before.get(name) != fingerprint.get(name)
             ]:
-                fail(f"--resume: {', '.join(changed)} changed since {newest}: put it back, or start anew")
+                fail(f"--resume: {', '.join(changed)} changed since {newest}: restore it, or start anew")
             engine.load_checkpoint(str(newest.parent), newest.name)
         print(f"resumed from {newest}")
     file.truncate(min(written, file.tell()))  # the lines after the checkpoint will be written again
@@ -466,12 +476,12 @@ def resume_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, 
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """As rank 0 sees it: a shared disk may show other ranks an older listing."""
+    """Rank 0's view: a shared disk may show other ranks an older listing."""
     return on_rank_0(lambda: max(folder.glob("checkpoints/step-*"), default=None))
 
 
 def save_checkpoint(engine: DeepSpeedEngine, folder: Path, fingerprint: dict, file: IO[str]) -> None:
-    """Write a DeepSpeed checkpoint, name it when it is whole, and drop all but the newest two."""
+    """Write a DeepSpeed checkpoint, rename it once it is complete, and delete all but the newest two."""
     errors, save = [], engine.checkpoint_engine.save
 
     def save_or_note(*args: Any, **options: Any) -> None:
@@ -488,7 +498,7 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, fingerprint: dict, fi
         for old in sorted(folder.glob("step-*"))[:-2]:
             shutil.rmtree(old)
 
-    with explain(f"{folder}: a checkpoint cannot be written, the older ones are whole"):
+    with explain(f"{folder}: a checkpoint cannot be written; the older ones are intact"):
         on_rank_0(lambda: (folder / "unfinished").mkdir(parents=True, exist_ok=True))
         engine.checkpoint_engine.save = save_or_note
         engine.save_checkpoint(str(folder), "unfinished", save_latest=False)
@@ -498,30 +508,30 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, fingerprint: dict, fi
 
 
 def log(engine: DeepSpeedEngine, file: IO[str], metrics: dict[str, Any]) -> str:
-    """Write metrics on rank 0. Returns the error, if any: the next step ends all ranks with it."""
+    """Write metrics on rank 0. Returns the error, if any, which the next step raises on all ranks."""
     step = engine.global_steps
     try:
         print(json.dumps({"step": step} | metrics), file=file, flush=True)
         events = [(f"Train/{name}", value, step) for name, value in metrics.items() if value is not None]
         engine.monitor.write_events(events)
     except OSError as error:
-        return f"--output_dir: metrics cannot be written, free space and --resume ({error})"
+        return f"--output_dir: metrics cannot be written; free space, then rerun with --resume ({error})"
     if "eval_loss" in metrics:
         print(f"\nstep {step}: {', '.join(f'{name} {m:.4g}' for name, m in metrics.items())}", flush=True)
     return ""
 
 
 def take_step(engine: DeepSpeedEngine) -> float | None:
-    """`engine.step()`, and the gradient's norm before clipping; NaN, and no step, where it is not finite; None
-    where fp16 skips a step to find its loss scale."""
+    """Run `engine.step()`. Returns the gradient's norm before clipping; where it is not finite, no step is
+    taken. None if fp16 skipped the step to find its loss scale."""
     norm = None
-    if isinstance(engine.optimizer, torch.optim.Optimizer):  # float32 at ZeRO 0; others look by themselves
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # float32 at ZeRO 0; others check by themselves
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
         if not math.isfinite(norm):
             return norm
     engine.step()
-    if not engine.was_step_applied():  # fp16 skips steps to find its loss scale
+    if not engine.was_step_applied():
         return None if engine.fp16_enabled() and engine.dynamic_loss_scale() else math.nan
     norm = engine.get_global_grad_norm() if norm is None else norm
     return None if norm is None else float(norm)
@@ -531,21 +541,21 @@ def sum_metrics(output: dict[str, torch.Tensor]) -> torch.Tensor:
     """Loss, wins of the chosen responses, and margins, summed over a micro-batch: (3,), on the device."""
     loss, chosen, rejected = (output[name].detach().double() for name in OUTPUTS)
     margin = chosen - rejected
-    return torch.stack([loss * len(margin), count_wins(margin).sum(), margin.sum()])
+    return torch.stack([loss * len(margin), wins(margin).sum(), margin.sum()])
 
 
-def count_wins(margin: torch.Tensor) -> torch.Tensor:
-    return (margin.sign() + 1) / 2  # a tie is half right
+def wins(margin: torch.Tensor) -> torch.Tensor:
+    return (margin.sign() + 1) / 2  # a tie counts half
 
 
 def stop(message: str, suspects: Iterable[dict[str, Any]], output_dir: Path) -> NoReturn:
-    """End the run on every rank with one message, which names up to 8 of the suspect rows of all ranks."""
+    """End the run on every rank with one message, which names up to 8 suspect rows over all ranks."""
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, [pair["where"] for pair in suspects])
     rows = sum(everyones, [])
     rows = ", ".join(rows[:8]) + f" and {len(rows) - 8} more" * (len(rows) > 8)
     newest = newest_checkpoint(output_dir) or "none, see --save_interval"
-    fail(f"{message}: see {rows}, or lower the learning rate; last checkpoint: {newest}")
+    fail(f"{message}: check {rows}, or lower the learning rate; last checkpoint: {newest}")
 
 
 def main() -> None:
@@ -565,7 +575,7 @@ def main() -> None:
         return show_rewards(engine, eval_pairs, tokenizer)
 
     fingerprint, file = resume_run(engine, args, ds_config, [train_pairs, eval_pairs])
-    print(f"{epoch_steps} steps an epoch, which skip {unused_pairs} pairs, others in each epoch")
+    print(f"{epoch_steps} steps per epoch; {unused_pairs} pairs are left over, others in each epoch")
     step = engine.global_steps  # 0, or that of the checkpoint
     log_error = "" if step else log(engine, file, evaluate(engine, eval_pairs, tokenizer))
     progress = bar(initial=step, total=total_steps, desc="training")
@@ -577,7 +587,7 @@ def main() -> None:
             pairs = deal(shuffled[at : at + pairs_per_step], ranks)[rank]
             sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
             for number in range(accumulation):
-                # Dropout depends on seed, step and rank alone: a resumed run draws what the first would have.
+                # Dropout depends on seed, step and rank only, so that a resumed run draws the same.
                 torch.manual_seed(args.seed + (step * accumulation + number) * ranks + rank)
                 batch = collate(pairs[number * micro_batch : (number + 1) * micro_batch], tokenizer)
                 output = engine(**batch)
@@ -589,7 +599,7 @@ def main() -> None:
             sums[4] += bool(log_error)
             my_loss = sums[0].clone()
             dist.all_reduce(sums)
-            *sums, tokens, log_failed = sums.tolist()  # the only device sync before the optimizer's
+            *sums, tokens, log_failed = sums.tolist()  # the only device sync before the optimizer step
             loss, accuracy, margin = (total / pairs_per_step for total in sums)
             step += 1
             if log_failed:
@@ -619,5 +629,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    dist.barrier()  # a thread of gloo that still frees a tensor when Python is gone aborts the process (-6)
+    dist.barrier()  # else a gloo thread that frees a tensor after Python's end aborts the process (-6)
     dist.destroy_process_group()
