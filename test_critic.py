@@ -1260,7 +1260,7 @@ def test_the_readmes_lora_runs_as_printed(tokenizer, tmp_path, monkeypatch):
 
 def test_other_losses_need_the_returned_scores_only(tokenizer):
     """The README's recipe: Llama 2's margin, TRL's center_rewards_coefficient."""
-    block = re.search(r"```python\n(# Llama 2.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
+    block = re.search(r"```python\n(output = model.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
     model, batch = make_model("llama", tokenizer), as_a_batch(some_pairs(3))
     scope = {"model": model, "batch": batch, "margin": torch.tensor([0.0, 1.0, 2.0]), "F": F}
     exec(block, scope)
