@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 # The reward/critic model of RLHF, modelled on DeepSpeed-Chat's `create_critic_model` and `RewardModel`.
-"""A pretrained decoder with a linear value head: trained on pairs, then used as PPO's critic and reward
-model.
+"""A pretrained decoder with a linear value head: trained on pairs, then PPO's critic and reward model.
 
-Chapter 1 is the whole model on a padded batch. Chapter 2 has the prefix tree, and partitioning under ZeRO-3.
+Chapter 1 is the whole model on a padded batch, and its checkpoints. Chapter 2 is the prefix tree, and ZeRO-3.
 Letters in the shape comments: B pairs; R rows (2B in training: B chosen, then B rejected); T columns of the
-input; E columns whose reward is needed; H hidden size; N nodes of the prefix tree; D head size.
+input; E columns whose reward is needed; H hidden size; N nodes of the prefix tree; Q queries and K keys of a
+row; D head size.
 """
 
 import contextlib
@@ -115,7 +115,7 @@ class RewardModel(nn.Module):
 
     Args:
         base_model: the decoder without its language-model head, as AutoModel returns it.
-        tokenizer: only its pad_token_id is used; it should differ from EOS.
+        tokenizer: only its pad_token_id is used, which should not be EOS.
         num_padding_at_beginning: leading PAD ids of every text: 1 for OPT with pad = eos and no mask, else 0.
         compute_fp32_loss: compute value head and loss in float32.
 
@@ -144,15 +144,16 @@ class RewardModel(nn.Module):
         place = {"dtype": base_model.dtype, "device": base_model.device}
         self.v_head = ValueHead(width, 1, bias=False, **place)
         self.v_head.in_float32 = compute_fp32_loss
-        # Moves with the model, and so has its device: with ZeRO-3 offload the parameters are on the CPU.
+        # Its device is the model's: with ZeRO-3 offload the parameters are on the CPU.
         self.register_buffer("on_device", torch.empty(0, **place), persistent=False)
 
-    def gradient_checkpointing_enable(self, options: dict[str, Any] | None = None, **others: Any) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **others: Any) -> None:
         # Reentrant checkpointing drops all gradients if the embeddings are frozen.
-        self.rwtransformer.gradient_checkpointing_enable(options or {"use_reentrant": False}, **others)
+        options = gradient_checkpointing_kwargs or {"use_reentrant": False}
+        self.rwtransformer.gradient_checkpointing_enable(options, **others)
 
     def __getattr__(self, name: str) -> Any:
-        # transformers 6 renames the method above; the backbone has every other *_checkpointing_* method too.
+        # activation_checkpointing_enable, transformers 6's name, and the methods that turn it off.
         return getattr(self.rwtransformer, name) if "_checkpointing_" in name else super().__getattr__(name)
 
     def forward(
@@ -164,7 +165,7 @@ class RewardModel(nn.Module):
             input_ids (2B, T): chosen rows, then the rejected ones in the same order. Keep it on the CPU: the
                 model sends what it needs, and reads nothing back from its device.
             attention_mask (2B, T): 1 at content. If None, PAD ids are padding, but attention sees them.
-            others: trainers pass more arguments; they may only be None or False.
+            others: what trainers pass by themselves is ignored; the rest must be None or False.
 
         Returns loss (), and the end scores chosen_mean_scores and rejected_mean_scores (B,), with gradients.
 
@@ -231,7 +232,7 @@ class RewardModel(nn.Module):
         return self.v_head(self.rwtransformer(**inputs, use_cache=False)[0]).squeeze(-1)
 
     def _send(self, x: Tensor) -> Tensor:
-        """Copy to the model's device, from pinned memory so that the copy is no device sync."""
+        """Copy to the model's device, from pinned memory, so that the copy does not block."""
         return (x.pin_memory() if self.on_device.is_cuda else x).to(self.on_device.device, non_blocking=True)
 
 
@@ -257,7 +258,7 @@ def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         decoder = transformers.MODEL_MAPPING[type(config)]
         base = decoder.__base__  # GranitePreTrainedModel, ...
         name = base.__name__.replace("PreTrainedModel", "ForSequenceClassification")
-        # transformers inspects the module of a class when it looks for its experts.
+        # transformers reads the `__module__` of a class when it looks for experts.
         parts = {"__module__": base.__module__, "base_model_prefix": decoder.base_model_prefix or "model"}
         hf_class = type(name, (GenericForSequenceClassification, base), parts)
         warnings.warn(f"transformers has no {name}: only create_critic_model can load the saved critic")
@@ -280,7 +281,7 @@ def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, traine
 
     def init(self, config: PretrainedConfig) -> None:
         hf_class.__init__(self, config)
-        # `key_mapping` gives the keys their prefix. transformers 4.57 would add another to some of them.
+        # `key_mapping` already adds the prefix; transformers 4.57 would add it again to some keys.
         self.base_model_prefix = ""
 
     Loader = type(hf_class.__name__, (hf_class,), {"__init__": init, "__module__": hf_class.__module__})
@@ -458,8 +459,9 @@ def write_folder(final: Path, template: PreTrainedModel, state: dict, tokenizer:
         tokenizer.save_pretrained(staging)
         new = sorted(os.listdir(staging), key=lambda name: (".safetensors" in name, name))
         for name in new:
+            shutil.rmtree(final / name, ignore_errors=True)  # a directory of chat templates
             os.replace(staging / name, final / name)
-        # Remove an earlier model's files, which would be read too, or instead.
+        # Remove an earlier model's files, since loaders might read them.
         older = r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?|(chat|added|special)_\w+\.\w+"
         for name in set(os.listdir(final)) - set(new):
             if re.fullmatch(older, name):
@@ -490,7 +492,7 @@ TREE_ATTENTION = "prefix_tree"  # the name of `tree_attention` in transformers' 
 
 
 def tree_is_exact(backbone: PreTrainedModel) -> bool:
-    """Whether the tree gives the same result as a padded batch. If so, this also switches the attention."""
+    """Whether the tree gives a padded batch's results. If so, this switches the attention to the tree's."""
     config = backbone.config
     by_interface = backbone._supports_attention_backend and config._attn_implementation == "sdpa"
     if by_interface and config.model_type in TREE_FAMILIES:
@@ -514,13 +516,12 @@ def tree_rewards(model: RewardModel, ids: Tensor, is_key: Tensor, needed: Tensor
 
 
 def block_labels(queries: Tensor, keys: Tensor, device: torch.device) -> Tensor:
-    """Labels (rows, n) for rows with these numbers of queries and keys. Rows with equal labels form a block,
-    and share one sdpa call.
+    """The label of each row, (rows, 1 or 2), from its counts of queries and keys. Rows with equal labels form
+    a block, and share one sdpa call.
 
-    On a CPU padding costs more than calls, so lengths in a block differ by less than 64. On an accelerator
-    calls
-    cost more: one block up to 8192 padded queries, else two, split at half of the longest (timed on an
-        H100)."""
+    On a CPU padding costs more than calls: both counts differ by less than 64 within a block. On an
+    accelerator calls cost more: one block up to 8192 padded queries, else two, split at half of the longest.
+    """
     if device.type == "cpu":
         return torch.stack([queries, keys], 1).add(63) // 64
     longest = queries.max()
@@ -544,35 +545,33 @@ class PrefixTree:
             "tokens" loss they include padding of the shorter row. send: moves a tensor to the model's device.
 
     Attributes:
-        ids, columns, is_key (N,): the packed sequence; the column of each node, which is its position id;
-            whether attention may see the node.
+        ids, columns, is_key (N,): the packed sequence; the column of each node in its row, which is its
+            position id and decides what it sees; whether other nodes may see it.
         node_index (R, E): the node of each token, for reading rewards back; arbitrary beyond `needed`.
-        blocks: groups of distinct rows, each a pair of indices into the nodes, query_nodes (rows, Q) and
-            key_nodes (rows, K). Queries are the new nodes of a row, keys all its nodes. Short rows are
+        blocks: for each group of distinct rows, two tensors of node numbers: query_nodes (rows, Q), the new
+            nodes of each row; key_nodes (rows, K), all its nodes up to the last visible one. Shorter rows are
             padded: with their last query, and with keys that the mask hides.
         output_index (N,): where the output of each node stands in the concatenated outputs of the blocks.
-        masks: the masks of the blocks, for each kind of layer.
+        masks: the cache of `masks_for`.
     """
 
     @torch.compiler.disable  # its shapes differ from batch to batch
     def __init__(self, ids: Tensor, is_key: Tensor, needed: Tensor, send: Callable[[Tensor], Tensor]) -> None:
         t = torch.arange(ids.size(1))
-        # Equal values merge; a hidden and a visible copy of an id differ. -2 is not needed, and sorts first:
-        # a row comes before the rows that extend it, so that each distinct row has at least one new token.
+        # Equal values merge; a hidden and a visible copy of an id differ. -2 marks what is not needed. It
+        # sorts first: a row comes before the rows that extend it, so that each distinct row has a new token.
         merge_key = (2 * ids + is_key).masked_fill(t >= needed[:, None], -2)  # (R, E)
-        rows, row_of = torch.unique(
-            merge_key, dim=0, return_inverse=True
-        )  # (rows, E), distinct, sorted; (R,)
+        rows, row_of = torch.unique(merge_key, dim=0, return_inverse=True)  # (rows, E), distinct; (R,)
         differs = F.pad(rows[1:] != rows[:-1], (0, 0, 1, 0), value=True)  # all of the first row is new
         new = (differs.cumsum(1) > 0) & (rows >= 0)
-        # Nodes are numbered row by row. The node at a column is from the nearest row, up from here, new
-        # there.
+        # Nodes are numbered row by row. Where a column is not new, the row has the node of the row above.
         nodes = torch.where(new, new.flatten().cumsum(0).view_as(new) - 1, 0).cummax(0).values
         self.node_index = send(nodes[row_of])
         self.ids, self.is_key = send(rows[new] // 2), send(rows[new] % 2 == 1)
         self.columns = send(t.expand_as(rows)[new])
 
-        queries, keys, lengths = new.sum(1), (rows % 2).sum(1), (rows >= 0).sum(1)  # (rows,)
+        # Counts (rows,); hidden keys come last, and so can be cut off.
+        queries, keys, lengths = new.sum(1), (rows % 2).sum(1), (rows >= 0).sum(1)
         block = torch.unique(block_labels(queries, keys, self.ids.device), dim=0, return_inverse=True)[1]
         self.blocks, output_index, offset = [], torch.empty(len(self.ids), dtype=torch.long), 0
         nodes = F.pad(nodes, (0, 7))  # Q and K are multiples of 8, for the kernels
@@ -589,8 +588,7 @@ class PrefixTree:
 
     def masks_for(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Tensor]:
         """For each block what is added to the scores, (rows, 1, repeats * Q, K): 0 where a key is seen, else
-        -inf. `repeats`: query heads per KV head. Layers of one kind share the tensors, which autograd
-        keeps."""
+        -inf. `repeats`: query heads per KV head. Cached, since autograd would keep a copy per layer."""
         key = window, repeats, dtype
         if key not in self.masks:
             self.masks[key] = []
@@ -609,19 +607,19 @@ class PrefixTree:
 def tree_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention, the only operation that mixes tokens: the new nodes of a row over all nodes of the row.
+    """Attention, the only operation that mixes tokens: queries are a row's new nodes, keys all its nodes.
 
     Args:
         query (1, heads, N, D), key, value (1, KV heads, N, D): grouped heads as in arXiv:2305.13245.
         options: the layer's options plus `tree`, a PrefixTree; without one this is transformers' sdpa.
-            `sliding_window`: columns that a query sees, its own included; seeing no key gives zeros.
+            `sliding_window`: columns that a query sees, its own included. No visible key: the output is 0.
 
     Returns (1, N, heads, D), D being that of value, and None for the attention weights.
     """
     tree = options.pop("tree", None)
     if tree is None:
         return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
-    # None means full attention (EXAONE 4). The module's window counts only if none is passed (Qwen2-MoE).
+    # sliding_window=None: full attention (EXAONE 4). No such option: the module's window (Qwen2-MoE).
     window = options.get("sliding_window", getattr(module, "sliding_window", None))
     settings = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (N, [KV] heads, D)

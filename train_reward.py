@@ -47,14 +47,14 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--model_name_or_path", help="pretrained decoder: folder or hub id (omit for the demo)")
     add("--data_path", nargs="+", help="pairs: .jsonl[.gz] files or hub datasets (omit for the demo)")
-    add("--eval_path", nargs="+", help="held-out pairs (default: those of 10%% of the prompts)")
+    add("--eval_path", nargs="+", help="held-out pairs (else those of 10%% of the prompts)")
     add("--max_seq_len", type=int, default=512, help="tokens; pairs with a longer text are dropped")
     add("--num_train_epochs", type=int, default=1, help="passes over the data")
     add("--output_dir", default="output", help="where critic, metrics.jsonl and checkpoints go")
     add("--seed", type=int, default=1234, help="for the value head, the order of the data and dropout")
     add("--dropout", type=float, help="overrides every dropout probability of the model")
     add("--compute_fp32_loss", action=yes_or_no, default=True, help="value head and loss in float32")
-    add("--loss_on", choices=["tokens", "end"], default="tokens", help="after the common prefix, or the last")
+    add("--loss_on", choices=["tokens", "end"], default="tokens", help="all after the prefix, or the last")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--eval_interval", type=int, default=0, help="steps between evaluations (0: only at start and end)")
     add("--save_interval", type=int, default=0, help="steps between checkpoints (0: no checkpoints)")
@@ -92,13 +92,11 @@ def bar(*args: Any, **options: Any) -> tqdm:
 
 
 class Pairs:
-    """Pairs of token ids, 4 bytes per token. An integer gives one pair; a slice, mask or indices give
-    Pairs."""
+    """Pairs of token ids, 4 bytes per token. Indexing by an integer gives one pair, else Pairs."""
 
     def __init__(self, paths: list[str], ids: torch.Tensor, table: torch.Tensor) -> None:
         self.paths, self.ids = paths, ids  # ids (tokens,) int32: all texts, end to end
-        # (pairs, 8) int64: path, line, the prompt's hash and random number, start and end of both texts in
-        # ids
+        # (pairs, 8) int64: path, line, the prompt's hash and random number, start and end of both in ids
         self.table, self.prompts = table, table[:, 2]
 
     def __len__(self) -> int:
@@ -179,14 +177,13 @@ def check_row(row: Any, where: str) -> tuple[Any, list[list[Any]]]:
 
 def render(row: Any, where: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[str, str]], bool]:
     """A row's prompt, by which pairs are grouped; its (chosen, rejected) texts; whether to add BOS, which a
-    chat template adds itself. A missing prompt is the common prefix, cut at the last "\\n\\nAssistant:" or
-    newline."""
+    chat template adds itself. A missing prompt is the common prefix, up to a turn or a line."""
     prompt, levels = check_row(row, where)
     responses = list(itertools.chain(*levels))
     if is_text := isinstance(responses[0], str):
-        common = prompt or os.path.commonprefix(responses)
-        # HH-RLHF's last turn belongs to the response; so does a line that both responses begin alike.
-        common = common.rpartition("\n\nAssistant:")[0] or prompt or common.rpartition("\n")[0] or common
+        tag, common = "\n\nAssistant:", os.path.commonprefix(responses)  # HH-RLHF's
+        common = common.rpartition(tag)[0] or common.rpartition("\n")[0] or common
+        common = prompt.rstrip().removesuffix(tag) if prompt else common
         common, texts = common.strip(), [[(prompt or "") + text for text in level] for level in levels]
     else:
         shared_turns = itertools.takewhile(lambda turns: turns.count(turns[0]) == len(turns), zip(*responses))
@@ -200,8 +197,7 @@ def render(row: Any, where: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[
 
 def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> Pairs:
     """Pairs of token ids, each text ending with EOS. Pairs of identical texts are dropped and counted, and so
-    are
-    those with a text that is too long: truncated, it would train on half a response."""
+    are those with a text that is too long: truncated, it would train on half a response."""
     ids, table, eos = array("i"), array("q"), tokenizer.eos_token_id
     count, dropped, lost = 0, Counter(), {}
     rows = (
@@ -236,9 +232,9 @@ def read_pairs(paths: list[str], split: str, tokenizer: Tokenizer, max_seq_len: 
                     a, c = (starts[text] for text in pair)
                     table.extend((file, line, prompt, draw, a, a + len(chosen), c, c + len(rejected)))
     for path, seen in lost.items():
-        what = f'{seen.pop("")} rows have no "prompt" and no common prefix, so they train without a question'
+        what = f'{seen.pop("")} rows have no "prompt" and no common prefix, so they train without a prompt'
         keys = textwrap.shorten(", ".join(seen), 60, placeholder=" ...")
-        print(f'warning: {path}: {what}; rename its key to "prompt"; keys: {keys}')
+        print(f'warning: {path}: {what}; rename the key that holds it to "prompt"; keys: {keys}')
     counts = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items())) or "none"
     print(f"{', '.join(paths)}: {len(table) // 8} pairs of {count} rows; dropped: {counts}", flush=True)
     if not table:
@@ -255,13 +251,13 @@ def shuffle_prompts(pairs: Pairs, epoch: int) -> Pairs:
     return pairs[(pairs.table[:, 3] * factor).argsort(stable=True)]
 
 
-def count_nodes(pairs: Pairs) -> int:
+def count_nodes(pairs: Iterable[dict[str, Any]]) -> int:
     """Content tokens of the prefix tree of these pairs: each distinct (prefix, token) once."""
     rows = sorted(pair[side] for pair in pairs for side in ("chosen", "rejected"))
     return sum(map(len, rows)) - sum(len(os.path.commonprefix(two)) for two in zip(rows, rows[1:]))
 
 
-def deal(pairs: Pairs, ranks: int) -> list[Pairs]:
+def deal(pairs: Pairs, ranks: int) -> list[list[dict[str, Any]]]:
     """Give each rank the same number of pairs and similar token counts, since all wait for the slowest. The
     largest prompts come first, each to the rank with the fewest tokens; a prompt's pairs stay together where
     they fit."""
@@ -279,7 +275,7 @@ def deal(pairs: Pairs, ranks: int) -> list[Pairs]:
     return dealt
 
 
-def collate(pairs: Pairs, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
+def collate(pairs: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
     """(2B, T) each, on the CPU: the model removes padding there and sends the rest to its device."""
     rows = [{"input_ids": pair[side]} for side in ("chosen", "rejected") for pair in pairs]
     return dict(DataCollatorWithPadding(tokenizer)(rows))
@@ -337,7 +333,10 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
         tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no EOS token, with which every text ends; set one and save it")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # must differ; a trained critic cannot grow
+    if tokenizer.pad_token_id in (
+        None,
+        tokenizer.eos_token_id,
+    ):  # PAD is not EOS; a trained critic cannot grow
         tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token if args.eval_only else "[PAD]"})
     if args.max_seq_len > (limit := getattr(config, "max_position_embeddings", args.max_seq_len)):
         fail(f"--max_seq_len is {args.max_seq_len}, but {path} has {limit} positions: pass at most that")
@@ -354,9 +353,9 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
         print(f"warning: {shared} prompts of the held-out data are in the training data too")
     print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
     options = {"rlhf_training": args.eval_only, "compute_fp32_loss": args.compute_fp32_loss}
-    with explain(f"--model_name_or_path {path}"):
+    with explain(f"{path} does not make a critic"):
         model = create_critic_model(path, tokenizer, ds_config, dropout=args.dropout, **options)
-    model.loss_on = args.loss_on
+    model.train().loss_on = args.loss_on
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return tokenizer, model, train_pairs, eval_pairs
@@ -364,8 +363,7 @@ def prepare(args: argparse.Namespace, ds_config: dict[str, Any], folder: str) ->
 
 @torch.no_grad()
 def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dict[str, float]:
-    """Accuracy, loss and scores on held-out pairs, bitwise identical on any number of ranks, as the batches
-    are."""
+    """Accuracy, loss and scores on held-out pairs, bitwise identical on any number of ranks."""
     size, rank, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_rank(), dist.get_world_size()
     results = torch.zeros(3, len(pairs), dtype=torch.float64, device=engine.device)
     engine.eval()
@@ -375,6 +373,7 @@ def evaluate(engine: DeepSpeedEngine, pairs: Pairs, tokenizer: Tokenizer) -> dic
         output = engine(**collate(pairs[mine] or pairs[:1], tokenizer))
         for result, name in zip(results, OUTPUTS):
             result[mine] = output[name].double()
+    engine.train()
     dist.all_reduce(results)
     loss, chosen, rejected = results
     if not loss.isfinite().all():
@@ -429,7 +428,7 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
         f"--deepspeed_config {path}: pass JSON for DeepSpeed, with an optimizer, like ds_config.json"
     ):
         ds_config = json.loads(Path(path).read_text(encoding="utf-8"))
-        resolved, _ = DeepSpeedConfig(ds_config), ds_config["optimizer"]
+        resolved, _ = DeepSpeedConfig(ds_config), args.eval_only or ds_config["optimizer"]
     if args.eval_only:  # needs no optimizer, and without one ZeRO 1 and 2 do nothing
         unused = ["optimizer", "scheduler"] + ["zero_optimization"] * (resolved.zero_optimization_stage < 3)
         ds_config = {name: value for name, value in ds_config.items() if name not in unused}
@@ -508,7 +507,7 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, fingerprint: dict, fi
 
 
 def log(engine: DeepSpeedEngine, file: IO[str], metrics: dict[str, Any]) -> str:
-    """Write metrics on rank 0. Returns the error, if any, which the next step raises on all ranks."""
+    """Write metrics on rank 0. Returns the error, if any, which all ranks raise later."""
     step = engine.global_steps
     try:
         print(json.dumps({"step": step} | metrics), file=file, flush=True)
@@ -525,7 +524,7 @@ def take_step(engine: DeepSpeedEngine) -> float | None:
     """Run `engine.step()`. Returns the gradient's norm before clipping; where it is not finite, no step is
     taken. None if fp16 skipped the step to find its loss scale."""
     norm = None
-    if isinstance(engine.optimizer, torch.optim.Optimizer):  # float32 at ZeRO 0; others check by themselves
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # float32 at ZeRO 0: no check in DeepSpeed
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
         if not math.isfinite(norm):
@@ -568,21 +567,20 @@ def main() -> None:
     epoch_steps, unused_pairs = divmod(len(train_pairs), pairs_per_step)
     total_steps = args.num_train_epochs * epoch_steps
     if not args.eval_only and not epoch_steps:
-        fail(f"{len(train_pairs)} training pairs remain, {pairs_per_step} are needed: pass a smaller batch")
+        fail(f"{len(train_pairs)} training pairs, a step needs {pairs_per_step}: add data, or cut the batch")
     engine = make_engine(args, ds_config, model, total_steps)
     if args.eval_only:
         print(json.dumps(evaluate(engine, eval_pairs, tokenizer)))
         return show_rewards(engine, eval_pairs, tokenizer)
 
     fingerprint, file = resume_run(engine, args, ds_config, [train_pairs, eval_pairs])
-    print(f"{epoch_steps} steps per epoch; {unused_pairs} pairs are left over, others in each epoch")
+    print(f"{epoch_steps} steps per epoch; {unused_pairs} pairs, others in each epoch, are left over")
     step = engine.global_steps  # 0, or that of the checkpoint
     log_error = "" if step else log(engine, file, evaluate(engine, eval_pairs, tokenizer))
     progress = bar(initial=step, total=total_steps, desc="training")
     for epoch in range(step // epoch_steps, args.num_train_epochs):
         shuffled = shuffle_prompts(train_pairs, epoch)
         for at in range(step % epoch_steps * pairs_per_step, epoch_steps * pairs_per_step, pairs_per_step):
-            engine.train()
             began = time.perf_counter()
             pairs = deal(shuffled[at : at + pairs_per_step], ranks)[rank]
             sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
@@ -623,6 +621,7 @@ def main() -> None:
                 save_checkpoint(engine, output_dir / "checkpoints", fingerprint, file)
     progress.close()
     save_critic_model(engine, tokenizer, output_dir)
+    on_rank_0(lambda: log_error and fail(log_error))
     print(f"critic saved: load it with create_critic_model({str(output_dir)!r}, ..., rlhf_training=True)")
     show_rewards(engine, eval_pairs, tokenizer)
 
