@@ -441,7 +441,7 @@ def test_dropout_runs_and_an_identical_pair_has_no_gradient(name, tokenizer):
     model = make_model(name, tokenizer, dropout=0.5).train()
     ids, mask = pad_rows(random_rows(1))
     assert model(ids, mask)["loss"] != model(ids, mask)["loss"]
-    for model.loss_on in ("tokens", "end"):
+    for model.loss_on, model.share_prefix in itertools.product(("tokens", "end"), (True, False)):
         output = model(torch.tensor([[3, 4, 5], [3, 4, 5]]))
         assert output["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
         assert not any(value.any() for value in gradients(model, output["loss"]).values())
@@ -453,7 +453,7 @@ STEPS = {
 }
 STEPS["one block"] = lambda q, k, _: torch.zeros_like(q)
 ON_A_GPU = functools.partial(lambda rule, q, k, _: rule(q, k, torch.device("meta")), critic.block_labels)
-STEPS["a GPU's, lengths times 16"] = lambda q, k, _: ON_A_GPU(16 * q, 16 * k, _)
+STEPS["a GPU's two blocks"] = lambda q, k, _: ON_A_GPU(64 * q, 64 * k, _)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -1745,6 +1745,15 @@ def test_loop_dealing_is_complete_and_reproducible_and_balances(ranks, answers):
         worst.append((fullest(dealt), fullest([pairs[at : at + 8] for at in range(0, len(pairs), 8)])))
     dealt, in_turn = map(sum, zip(*worst))
     assert dealt < in_turn if ranks > 1 else dealt == in_turn
+    # The third prompt's two pairs stay together, although the rank with one place left has fewer tokens.
+    sizes = {0: [200], 1: [50, 50, 50], 2: [40, 40], 3: [10], 4: [10]}
+    pairs = [
+        {"prompt": p, "chosen": [p, n, *range(size)], "rejected": [p, n]}
+        for p in sizes
+        for n, size in enumerate(sizes[p])
+    ]
+    prompts = [[pair["prompt"] for pair in part] for part in train_reward.deal(pairs, 2)]
+    assert [[p for p in part if p < 3] for part in sorted(map(sorted, prompts))] == [[0, 2, 2], [1, 1, 1]]
 
 
 def test_loop_a_tie_is_half_right(tokenizer, tmp_path):
