@@ -2229,7 +2229,7 @@ BAD_INPUT = {
     "a long list of no messages": (with_talk([{"content": "w3 " * 99}]), AT + '"chosen" is .*' + MESSAGES),
     "a role that is a number": (with_talk([{"role": 3, "content": "w3"}]), AT + '"chosen" is .*' + MESSAGES),
     "an unknown role": (with_talk([{"role": "robot", "content": "w3"}]), AT + "the tokenizer's chat template fails here; fix the row, or the template .*role robot"),
-    "a template's long complaint": (with_talk([{"role": "robot " * 99, "content": "w3"}]), AT + "the tokenizer's chat template fails on these"),
+    "a template's long complaint": (with_talk([{"role": "robot " * 99, "content": "w3"}]), AT + "the tokenizer's chat template fails here"),
     "a message that is none": (with_talk(["w3"]), AT + "texts and messages are mixed"),
     "a message and a text": (with_talk([TALK[0], "w3"]), AT + '"chosen" is .*' + MESSAGES),
     "no message": (with_talk([]), AT + r'"chosen" is \[\]; ' + MESSAGES),
