@@ -122,6 +122,8 @@ class RewardModel(nn.Module):
     Attributes: loss_on: "tokens" (default) or "end". share_prefix: False turns the prefix tree off.
     """
 
+    prepare_inputs_for_generation = None  # PEFT reads it with task_type="CAUSAL_LM"
+
     def __init__(
         self,
         base_model: PreTrainedModel,

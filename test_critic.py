@@ -1217,7 +1217,10 @@ def test_transformers_trainer_trains_it(checkpointing, tokenizer, tmp_path):
             model(**batch, **{meant: torch.ones(1)})
 
 
-@pytest.mark.parametrize("task", ["backbone", None, "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS"])
+PEFT_TASKS = ["FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "QUESTION_ANS"]
+
+
+@pytest.mark.parametrize("task", ["backbone", None, *PEFT_TASKS])
 def test_lora_by_peft(task, tokenizer, tmp_path):
     """Around the backbone, or around the whole model: tree on, head trained in full, merged and saved."""
     peft = pytest.importorskip("peft")
@@ -2228,8 +2231,8 @@ BAD_INPUT = {
     "a message without role": (with_talk([{"content": "w3"}]), AT + r'"chosen" is \[\{"content": "w3"\}\]; ' + MESSAGES),
     "a long list of no messages": (with_talk([{"content": "w3 " * 99}]), AT + '"chosen" is .*' + MESSAGES),
     "a role that is a number": (with_talk([{"role": 3, "content": "w3"}]), AT + '"chosen" is .*' + MESSAGES),
-    "an unknown role": (with_talk([{"role": "robot", "content": "w3"}]), AT + "the tokenizer's chat template fails here; fix the row, or the template .*role robot"),
-    "a template's long complaint": (with_talk([{"role": "robot " * 99, "content": "w3"}]), AT + "the tokenizer's chat template fails here"),
+    "an unknown role": (with_talk([{"role": "robot", "content": "w3"}]), AT + "the chat template fails here; fix the row, or the template .*role robot"),
+    "a template's long complaint": (with_talk([{"role": "robot " * 99, "content": "w3"}]), AT + "the chat template fails here"),
     "a message that is none": (with_talk(["w3"]), AT + "texts and messages are mixed"),
     "a message and a text": (with_talk([TALK[0], "w3"]), AT + '"chosen" is .*' + MESSAGES),
     "no message": (with_talk([]), AT + r'"chosen" is \[\]; ' + MESSAGES),
@@ -2406,8 +2409,10 @@ def benchmark_steps(options):
                 result.backward()
 
     results = {}  # (case, whether by the tree): [(seconds, MiB, tokens), ...]
-    for number in tqdm(range(options.repeats + 1), desc="measuring", leave=False):  # the first to warm up
-        for (name, (*batches, trains)), share in itertools.product(cases.items(), (False, True)):
+    for name, (*batches, trains) in tqdm(cases.items(), desc="measuring", leave=False):
+        for number, share in itertools.product(
+            range(options.repeats + 1), (False, True)
+        ):  # the first to warm up
             calls.clear()
             found = measured(functools.partial(run, batches[share], share, trains), memory=not number)
             results.setdefault((name, share), []).append((*found, sum(calls)))
