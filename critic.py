@@ -518,11 +518,11 @@ def tree_rewards(model: RewardModel, ids: Tensor, is_key: Tensor, needed: Tensor
 
 
 def block_labels(queries: Tensor, keys: Tensor, device: torch.device) -> Tensor:
-    """The label of each row, (rows, 1 or 2), from its counts of queries and keys. Rows with equal labels form
-    a block, and share one sdpa call.
+    """The label of each row, one or two numbers, from its counts of queries and keys. Rows with equal labels
+    form a block, and share one sdpa call.
 
     On a CPU padding costs more than calls: both counts differ by less than 64 within a block. On an
-    accelerator calls cost more: one block up to 8192 padded queries, else two, split at half of the longest.
+    accelerator calls cost more: one block up to 8192 padded queries, else two, split at half the largest Q.
     """
     if device.type == "cpu":
         return torch.stack([queries, keys], 1).add(63) // 64
@@ -548,7 +548,7 @@ class PrefixTree:
 
     Attributes:
         ids, columns, is_key (N,): the packed sequence; the column of each node in its row, which is its
-            position id and decides what it sees; whether other nodes may see it.
+            position id and bounds what it sees; whether any node may see it.
         node_index (R, E): the node of each token, for reading rewards back; arbitrary beyond `needed`.
         blocks: for each group of distinct rows, two tensors of node numbers: query_nodes (rows, Q), the new
             nodes of each row; key_nodes (rows, K), all its nodes up to the last visible one. Shorter rows are
@@ -560,7 +560,7 @@ class PrefixTree:
     @torch.compiler.disable  # its shapes differ from batch to batch
     def __init__(self, ids: Tensor, is_key: Tensor, needed: Tensor, send: Callable[[Tensor], Tensor]) -> None:
         t = torch.arange(ids.size(1))
-        # Equal values merge; a hidden and a visible copy of an id differ. -2 marks what is not needed. It
+        # Equal prefixes merge; a hidden and a visible copy of an id differ. -2 marks what is not needed. It
         # sorts first: a row comes before the rows that extend it, so that each distinct row has a new token.
         merge_key = (2 * ids + is_key).masked_fill(t >= needed[:, None], -2)  # (R, E)
         rows, row_of = torch.unique(merge_key, dim=0, return_inverse=True)  # (rows, E), distinct; (R,)
@@ -590,7 +590,7 @@ class PrefixTree:
 
     def masks_for(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Tensor]:
         """For each block what is added to the scores, (rows, 1, repeats * Q, K): 0 where a key is seen, else
-        -inf. `repeats`: query heads per KV head. Cached, since autograd would keep a copy per layer."""
+        -inf. `repeats`: query heads per KV head. Cached, else autograd keeps a copy per layer."""
         key = window, repeats, dtype
         if key not in self.masks:
             self.masks[key] = []
@@ -614,9 +614,10 @@ def tree_attention(
     Args:
         query (1, heads, N, D), key, value (1, KV heads, N, D): grouped heads as in arXiv:2305.13245.
         options: the layer's options plus `tree`, a PrefixTree; without one this is transformers' sdpa.
-            `sliding_window`: columns that a query sees, its own included. No visible key: the output is 0.
+            `sliding_window`: columns that a query sees, its own included.
 
-    Returns (1, N, heads, D), D being that of value, and None for the attention weights.
+    Returns (1, N, heads, D), D being that of value, and None for the attention weights. A query that sees no
+    key gets 0.
     """
     tree = options.pop("tree", None)
     if tree is None:
