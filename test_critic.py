@@ -554,6 +554,8 @@ OUTCOMES = {}
 # Padded rows are not rows: attention picks the top few of all keys, or a layer needs its own arguments.
 NO_DECODER = {"trocr", "prophetnet"}
 OLD = transformers.__version__.startswith("4.")
+if OLD:  # there, only those where the tree could be wrong
+    EVERY = [family for family in EVERY if family in critic.TREE_FAMILIES]
 # Its class for sequences has another head, or its keys fit no common scheme: an error that says which.
 NO_HEAD = {"blt", "ctrl", "modernbert-decoder", "nemotron_h", "xlnet"}
 NOT_EQUAL = {"axk2", "deepseek_v32", "cpmant", "zamba2", "xmod", "longcat_flash"}
@@ -659,7 +661,7 @@ def test_every_family_counts(capsys):
             *(f"{len(names)} {kind}" for kind, names in groups.items()),
             sep=" ",
         )
-    assert len(groups["tree"]) >= (38 if OLD else 70) and len(groups["padded"]) >= 25
+    assert len(groups["tree"]) >= (38 if OLD else 70) and (OLD or len(groups["padded"]) >= 25)
     assert set(groups.get("fails", [])) <= NOT_EQUAL and "cannot be saved" not in groups
 
 
@@ -2231,13 +2233,13 @@ BAD_INPUT = {
     "a message without role": (with_talk([{"content": "w3"}]), AT + r'"chosen" is \[\{"content": "w3"\}\]; ' + MESSAGES),
     "a long list of no messages": (with_talk([{"content": "w3 " * 99}]), AT + '"chosen" is .*' + MESSAGES),
     "a role that is a number": (with_talk([{"role": 3, "content": "w3"}]), AT + '"chosen" is .*' + MESSAGES),
-    "an unknown role": (with_talk([{"role": "robot", "content": "w3"}]), AT + "the chat template fails here; fix the row, or the template .*role robot"),
+    "an unknown role": (with_talk([{"role": "robot", "content": "w3"}]), AT + "the chat template fails here; fix the row or the template .*role robot"),
     "a template's long complaint": (with_talk([{"role": "robot " * 99, "content": "w3"}]), AT + "the chat template fails here"),
     "a message that is none": (with_talk(["w3"]), AT + "texts and messages are mixed"),
     "a message and a text": (with_talk([TALK[0], "w3"]), AT + '"chosen" is .*' + MESSAGES),
     "no message": (with_talk([]), AT + r'"chosen" is \[\]; ' + MESSAGES),
     "content that is no text": (with_talk([{"role": "user", "content": 3}]), AT + '"chosen" is .*' + MESSAGES),
-    "tools that are none": (with_data({"tools": "w3", "chosen": TALK, "rejected": TALK}), AT + "the tokenizer's chat template fails"),
+    "tools that are none": (with_data({"tools": "w3", "chosen": TALK, "rejected": TALK}), AT + "the chat template fails"),
     "messages without a template": (lambda f: [*with_talk(TALK)(f), "--model_name_or_path", "mute"], r"pairs\.jsonl:1: .*chat_template is not set"),
     "no such file": (["--data_path", "missing.jsonl"], "missing.jsonl: cannot be read"),
     "a hub dataset without the library": (["--data_path", "some/pairs"], "pip install datasets"),

@@ -190,7 +190,7 @@ def render(row: Any, where: str, tokenizer: Tokenizer) -> tuple[str, list[tuple[
         shared_turns = itertools.takewhile(lambda turns: turns.count(turns[0]) == len(turns), zip(*responses))
         common = json.dumps(prompt or [turns[0] for turns in shared_turns])
         write = functools.partial(tokenizer.apply_chat_template, tools=row.get("tools"), tokenize=False)
-        with explain(f"{where}: the chat template fails here; fix the row, or the template", 100):
+        with explain(f"{where}: the chat template fails here; fix the row or the template", 100):
             texts = [[write((prompt or []) + messages).rstrip() for messages in level] for level in levels]
     pairs = [pair for two in itertools.combinations(texts, 2) for pair in itertools.product(*two)]
     return common, pairs, is_text
