@@ -141,9 +141,9 @@ def read_pairs(paths: list[str], tokenizer: Tokenizer, max_seq_len: int) -> list
     rows = (pair for path in paths for item in read_rows(path) for pair in render(*item, tokenizer))
     while batch := list(itertools.islice(rows, 500)):  # fast tokenizers use threads on a batch
         tokens = {}
-        for bos in (True, False):
+        for bos in {adds_bos for *_, adds_bos in batch}:
             texts = list({text: 0 for *_, two, adds_bos in batch if adds_bos == bos for text in two})
-            lists = tokenizer(texts, add_special_tokens=bos)["input_ids"] if texts else []
+            lists = tokenizer(texts, add_special_tokens=bos, return_attention_mask=False)["input_ids"]
             for text, ids in zip(texts, lists):
                 tokens[text, bos] = array("i", ids if ids[-1:] == [eos] else [*ids, eos])
         for where, prompt, two, bos in batch:
