@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # The reward/critic model of RLHF, modelled on DeepSpeed-Chat's `create_critic_model` and `RewardModel`.
-"""A pretrained decoder with a linear value head: trained on pairs, then PPO's critic and reward model.
-Chapter 1 is the whole model on a padded batch, chapter 2 the prefix tree. Letters in shape comments: B pairs;
-R rows (2B in training: B chosen, then B rejected); T columns of the input; E columns whose reward is needed;
-H hidden size; N nodes of the tree; Q queries and K keys of a row; D head size."""
+"""A pretrained decoder with a linear value head, for reward modelling and as PPO's critic. Chapter 1 is the
+whole model on a padded batch, chapter 2 the prefix tree. Letters in shape comments: B pairs; R rows (2B in
+training: B chosen, then B rejected); U distinct rows; T columns of the input; E columns whose reward is
+needed; H hidden size; N nodes of the tree; Q queries and K keys of a row; D head size."""
 
 import os
 import re
@@ -33,14 +33,14 @@ def align(
     """Move the content of each row to column 0, so that left, right and interior padding become one case.
 
     With a mask, content is where the mask is 1. Without one, it runs from the first to the last id that is
-    not PAD, plus `num_padding_at_beginning` ids before: OPT starts every text with BOS, which has PAD's id
-    once pad = eos is set (DeepSpeedExamples #455). Returns, on the CPU: ids (R, T), content, then PAD; is_key
-    (R, T), what attention may see: content, or all without a mask, as in DeepSpeed-Chat; source (R, T), the
-    column in input_ids; length (R,). Raises ValueError if a row has no content."""
+    not PAD, plus the `num_padding_at_beginning` ids before it: OPT starts every text with BOS, which has
+    PAD's id once pad = eos is set (DeepSpeedExamples #455). Returns, on the CPU: ids (R, T), content, then
+    PAD; is_key (R, T), what attention sees: content, or everything without a mask, as in DeepSpeed-Chat;
+    source (R, T), the column in input_ids; length (R,). Raises ValueError for bad shapes and empty rows."""
     ids, n, t = input_ids.cpu().long(), num_padding_at_beginning, torch.arange(input_ids.size(-1))
     mask = ids if attention_mask is None else attention_mask.cpu()
     if ids.dim() != 2 or not ids.numel() or mask.shape != ids.shape:
-        raise ValueError(f"shapes {tuple(ids.shape)}, {tuple(mask.shape)}: pass both as (rows, tokens)")
+        raise ValueError(f"input_ids {tuple(ids.shape)}, mask {tuple(mask.shape)}: pass (rows, tokens)")
     content = mask.bool()  # (R, T)
     if attention_mask is None:
         is_text = F.pad((ids != pad_id).long(), (0, n))  # (R, T + n), so that `begun` looks n columns ahead
@@ -75,8 +75,8 @@ def ranking_loss(rewards: Tensor, length: Tensor, divergence: Tensor, loss_on: s
 
 
 class ValueHead(nn.Linear):
-    """`nn.Linear(H, 1)`, optionally in float32: bf16 has steps of 0.03 above 4, so that scores tie. The cast
-    is in the module's own forward, because ZeRO-3 gathers the weight only there."""
+    """`nn.Linear(H, 1)`, in float32 if RewardModel sets `in_float32`: bf16 has steps of 0.03 above 4, so
+    scores tie. The cast is in the module's own forward, because ZeRO-3 gathers the weight only there."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         if not self.in_float32:
@@ -111,12 +111,11 @@ class RewardModel(nn.Module):
             raise ValueError(f"{name} has a head: pass its base_model, or load it with AutoModel")
         self.loss_on, self.share_prefix, self.rwtransformer = "tokens", True, base_model
         self.num_padding_at_beginning = num_padding_at_beginning
-        place = {"dtype": base_model.dtype, "device": base_model.device}
         width = getattr(self.config, "word_embed_proj_dim", self.config.hidden_size)  # OPT-350m's is narrower
-        self.v_head = ValueHead(width, 1, bias=False, **place)
+        self.v_head = ValueHead(width, 1, bias=False, dtype=base_model.dtype, device=base_model.device)
         self.v_head.in_float32 = compute_fp32_loss
         # Its device is the model's: with ZeRO-3 offload the parameters are on the CPU.
-        self.register_buffer("on_device", torch.empty(0, **place), persistent=False)
+        self.register_buffer("on_device", torch.empty(0, device=base_model.device), persistent=False)
 
     def __getattr__(self, name: str) -> Any:
         # gradient_checkpointing_enable, transformers 6's name for it, and the methods that turn it off.
@@ -127,7 +126,7 @@ class RewardModel(nn.Module):
 
         Args: input_ids (2B, T), B chosen rows, then the B rejected ones. Keep it on the CPU: then nothing is
             read back from the model's device. attention_mask (2B, T), 1 at content; if None, PAD ids are
-            padding, but attention sees them. others: what trainers pass is ignored, the rest must be None.
+            padding, but attention sees them. others: trainers' extras are ignored, any other must be None.
         Returns loss (), and the end scores chosen_mean_scores and rejected_mean_scores (B,), with gradients.
         Raises ValueError, which names the argument or row, and the fix."""
         if self.loss_on not in ("tokens", "end"):
@@ -154,8 +153,7 @@ class RewardModel(nn.Module):
         """One value per token of R rows, for PPO's critic and the frozen reward model.
 
         Args: as in `forward`, but R rows; PPO pads prompts left, responses right. `prompt_length` is ignored.
-        Returns values (R, T), 0 at padding. Unless `return_value_only`, a dict of them and
-            `chosen_end_scores` (R,), the rewards at each row's last content token."""
+        Returns values (R, T), 0 at padding; unless return_value_only, a dict with chosen_end_scores (R,)."""
         ids, is_key, source, length = self._align(input_ids, attention_mask, others)
         rewards = self._rewards(ids, is_key, length)  # (R, E)
         last, source = self._send(length[:, None] - 1), self._send(source[:, : rewards.size(1)])
@@ -173,7 +171,7 @@ class RewardModel(nn.Module):
     def _rewards(self, ids: Tensor, is_key: Tensor, needed: Tensor) -> Tensor:
         """r(t) for the first needed[i] tokens of aligned row i: (R, E) with E = max(needed)."""
         ids, is_key = ids[:, : needed.max()], is_key[:, : needed.max()]
-        if self.share_prefix and tree_is_exact(self.rwtransformer):
+        if self.share_prefix and use_tree(self.rwtransformer):
             return tree_rewards(self, ids, is_key, needed)
         inputs = {"input_ids": self._send(ids), "attention_mask": self._send(is_key.long())}
         return self.v_head(self.rwtransformer(**inputs, use_cache=False)[0]).squeeze(-1)
@@ -190,7 +188,7 @@ def check_decoder(config: PretrainedConfig, name: str) -> None:
     # Gemma's "vision" attends in both directions within images only.
     causal &= getattr(config, "use_bidirectional_attention", None) in (None, False, "vision")
     is_text = config.get_text_config(decoder=True) is config and type(config) in transformers.MODEL_MAPPING
-    if not causal or not is_text or any(type(config) in mapping for mapping in two_way):
+    if not (causal and is_text and hasattr(config, "vocab_size")) or any(type(config) in m for m in two_way):
         raise ValueError(f"{name} is a {config.model_type} model: a critic needs a causal text decoder")
 
 
@@ -209,29 +207,31 @@ def reward_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, trained: bool) -> PreTrainedModel:
-    """Load backbone and head, memory-mapped. `trained`: all keys must match; else the head is new."""
+    """Memory-map the weights. `trained`: all keys must match; else the head is newly initialised."""
     hf_class = reward_class(config)
     prefix = hf_class.base_model_prefix
     key_mapping = {
         r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": f"{prefix}.",  # of a multimodal model
         r"^rwtra(?:nsformer|nrsformer)\.": f"{prefix}.",  # DeepSpeed-Chat's name, and its older spelling
-        # The head of DeepSpeed-Chat, OpenRLHF, UltraRM and Eurus, and Beaver.
-        rf"^(?:{getattr(config, 'value_head_prefix', 'v_head')}|(v|value|regression|score)_head)\.": "score.",
+        # Heads of DeepSpeed-Chat (v), OpenRLHF (value, or its own), UltraRM (regression), and Beaver (score).
+        rf"^({getattr(config, 'value_head_prefix', 'score')}|(v|value|regression|score)_head)\.": "score.",
         rf"^(?!{prefix}\.|score\.)(.+)": rf"{prefix}.\1",  # a bare decoder
     }
     options = {"key_mapping": key_mapping, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         model, info = hf_class.from_pretrained(path, config=config, dtype=dtype, **options)
-    except Exception as error:  # each format has its own
+    except Exception as error:  # the type depends on the format
         raise ValueError(f"the weights in {path} cannot be read, download them again: {error}") from error
-    found = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
+    # The masks are buffers that old versions of transformers saved with GPT-2, GPT-J and GPT-Neo.
+    kinds, masks = ("missing", "mismatched", "unexpected"), r"\.attn(\.attention)?\.(masked_)?bias$"
+    found = {x: sorted(k for k in map(str, info[f"{x}_keys"]) if not re.search(masks, k)) for x in kinds}
     hint, has_head = "download the files again", "score.weight" not in found["missing"]
     if not trained:  # other weights of a base model are ignored: a vision tower, the language model's head
-        found = {kind: [key for key in found[kind] if "score.weight" not in key] for kind in list(found)[:2]}
+        found = {x: [k for k in found[x] if "score.weight" not in k] for x in kinds[:2]}
         if has_head:
             warnings.warn(f"the value head of {path} is reinitialised; rlhf_training=True keeps it")
     elif has_head or any(not re.search("lm_head|embed_out", key) for key in found["unexpected"]):
-        hint = "the head must be score.weight, one row without a bias: rename it, or download the files again"
+        hint = "the head must be score.weight, one row and no bias: rename it, or download the files again"
     else:
         hint = "it looks like a base model: train it first (rlhf_training=False)"
     if problems := "; ".join(f"{kind} {', '.join(keys[:5])}" for kind, keys in found.items() if keys):
@@ -254,7 +254,7 @@ def create_critic_model(
     Args:
         model_name_or_path: a local folder or a hub id; safetensors or pickle, complete or sharded.
         tokenizer: if it has more tokens than a base model, the embeddings grow, to a multiple of 8.
-        ds_config: DeepSpeed's; bf16 or fp16 sets the dtype (else float32), ZeRO stage 3 partitions.
+        ds_config: DeepSpeed's; bf16 or fp16 sets the dtype (else float32), stage 3 partitions the model.
         rlhf_training: load the head too, from a reward checkpoint of DeepSpeed-Chat (`rwtransformer.*`) or a
             transformers `AutoModelForSequenceClassification` with one label; else it is newly initialised.
         dropout: in [0, 1), overrides every dropout probability of the config; None leaves them.
@@ -273,13 +273,13 @@ def create_critic_model(
     others = {"adapter_config.json": "a PEFT adapter", "*states.pt": "a DeepSpeed checkpoint"}
     if kinds := [others[pattern] for pattern in others if any(Path(path).glob(pattern))]:
         raise ValueError(f"{path} is {kinds[0]}: pass what save_critic_model wrote, after merge_and_unload")
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # else custom code prompts
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # custom code would prompt
     config = config if config.is_encoder_decoder else config.get_text_config(decoder=True)  # if multimodal
     check_decoder(config, path)
     config.num_labels = 1
-    for part in (config, getattr(config, "attn_config", config)):  # MPT has a nested config
-        for name, value in vars(part).items() if dropout is not None else ():
-            if re.search("dropout$|pdrop$", name) and type(value) in (int, float):
+    for part in () if dropout is None else (config, getattr(config, "attn_config", config)):  # MPT nests it
+        for name, value in vars(part).items():
+            if re.search("dropout|pdrop$", name) and type(value) in (int, float):
                 vars(part)[name] = dropout or type(value)(0)  # bypasses validation: MPT's must be an int
     if (grows := len(tokenizer) > config.vocab_size) and rlhf_training:
         raise ValueError(f"the tokenizer has more tokens than {path}: use the tokenizer saved there")
@@ -298,8 +298,8 @@ def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | 
     """Write the critic for transformers' `AutoModelForSequenceClassification`, TRL and vLLM.
 
     Every rank calls it, with a RewardModel or the DeepSpeed engine around it. Rank 0 writes to a staging
-    directory in `output_dir`, then moves the files, weights last: if it fails, older weights remain. Raises
-    on every rank: ValueError if the keys are not a critic's, or what the writing library raises."""
+    directory in `output_dir`, then moves the files, weights last. Errors are raised on every rank, and leave
+    older weights as they were; ValueError if the keys are not a critic's."""
     model = getattr(model, "module", model)
     config = type(model.config).from_dict(model.config.to_dict())  # a copy
     # "regression": else transformers' pipeline returns the sigmoid of the score.
@@ -312,7 +312,7 @@ def save_critic_model(model: nn.Module, tokenizer: Tokenizer, output_dir: str | 
     if differing := sorted(state.keys() ^ template.state_dict().keys()):
         what = f"not saved as {type(template).__name__}, keys differ: {', '.join(differing[:4])}"
         raise ValueError(f"{what}; merge adapters (merge_and_unload), unwrap a compiled model (_orig_mod)")
-    write = lambda state: write_folder(Path(output_dir), template, state, tokenizer)
+    write = lambda weights: write_folder(Path(output_dir), template, weights, tokenizer)
     write_from_rank_0(write, state) if dist.is_initialized() else write(state)
 
 
@@ -334,9 +334,9 @@ def write_folder(final: Path, template: PreTrainedModel, state: dict, tokenizer:
 
 # ---- Chapter 2: the prefix tree, and several ranks ----
 
-# Families in which a test saw a padded batch's results: each layer is causal attention over given position
-# ids, full or in a window, through transformers' AttentionInterface. Others run padded batches: BLOOM and MPT
-# (ALiBi), Llama 4 (chunked), Qwen3-Next (linear), GPT-OSS (sinks), Gemma 2 (soft-capped scores), ...
+# Families that a test saw match a padded batch: attention is causal over given position ids, full or in a
+# window, and goes through transformers' AttentionInterface. Others run padded batches: BLOOM and MPT (ALiBi),
+# Llama 4 (chunked), Qwen3-Next (linear), GPT-OSS (attention sinks), Gemma 2 (soft-capped scores), ...
 TREE_FAMILIES = """afmoe apertus arcee aria_text axk1 bitnet cohere cohere2 cohere2_moe cwm deepseek_v2
 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma3n_text
 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox granite granitemoe granitemoeshared
@@ -347,8 +347,8 @@ qwen3_moe qwen3_vl_text qwen3_vl_moe_text seed_oss smollm3 solar_open starcoder2
 TREE_ATTENTION = "prefix_tree"  # the name of `tree_attention` in transformers' registry
 
 
-def tree_is_exact(backbone: PreTrainedModel) -> bool:
-    """Whether the tree gives a padded batch's results. If so, this switches the attention to the tree's."""
+def use_tree(backbone: PreTrainedModel) -> bool:
+    """Switch the backbone to the tree's attention where that is exact. Returns whether it is."""
     config = backbone.config
     by_interface = backbone._supports_attention_backend and config._attn_implementation == "sdpa"
     if by_interface and config.model_type in TREE_FAMILIES:
@@ -359,8 +359,8 @@ def tree_is_exact(backbone: PreTrainedModel) -> bool:
 def tree_rewards(model: RewardModel, ids: Tensor, is_key: Tensor, needed: Tensor) -> Tensor:
     """`RewardModel._rewards` with each distinct (prefix, token) computed once."""
     tree = PrefixTree(ids, is_key, needed, model._send)
-    # The backbone hands unknown keyword arguments on to its attention: so `tree` reaches `tree_attention`. A
-    # 4-D mask keeps it from building its own; integers make sdpa raise if a backbone loses `tree`.
+    # The backbone passes unknown keyword arguments down to its attention, so `tree` gets there. Given a 4-D
+    # mask, it builds none; as this one holds integers, sdpa raises an error if a backbone drops `tree`.
     placeholder = torch.ones(1, 1, 1, 1, dtype=torch.long, device=tree.ids.device)
     is_opt = model.config.model_type == "opt"  # transformers' OPT gives masked padding position -1
     position_ids = tree.columns.where(tree.is_key, -1) if is_opt else tree.columns
@@ -370,9 +370,9 @@ def tree_rewards(model: RewardModel, ids: Tensor, is_key: Tensor, needed: Tensor
 
 
 def block_labels(queries: Tensor, keys: Tensor, device: torch.device) -> Tensor:
-    """A label per row, one or two numbers, from its counts of queries and keys; rows with equal labels form a
-    block, which is one sdpa call. On a CPU padding costs more than calls: counts differ by less than 64 in a
-    block. On an accelerator calls do: one block up to 8192 padded queries, else two, split at half the Q."""
+    """Labels (U, 1 or 2) from the rows' counts of queries and keys (U,): rows with equal labels form a block,
+    one sdpa call. On a CPU padding costs most: in a block counts differ by less than 64. On an accelerator
+    calls do: one block, or two above 8192 padded queries, split at half the longest row's queries."""
     if device.type == "cpu":
         return torch.stack([queries, keys], 1).add(63) // 64
     longest = queries.max()
@@ -383,64 +383,64 @@ class PrefixTree:
     """Each distinct (prefix, token) of a batch, once: all that a causal model has to compute.
 
     A token's hidden state depends only on itself and the tokens before it in its row, so rows with a common
-    prefix share its states. Sorted, they are neighbours. The tokens of a row from its first difference to the
-    row above are new; the new tokens of all rows are the N nodes:
+    prefix share its states. Sorting makes such rows neighbours. A row's tokens from where it first differs
+    from the row above are new; the new tokens of all rows are the N nodes:
 
         rows    P Q a b      new    P Q a b      nodes, N = 7    P Q a b c d R
                 P Q a c d           . . . c d    columns         0 1 2 3 3 4 1
                 P R                 . R
-    Args: ids, is_key (R, E), as from `align`. needed (R,), how many tokens of each row are needed, for the
-        "tokens" loss also padding of the shorter row. send, which moves a tensor to the model's device.
+    Args: ids, is_key (R, E), as from `align`; needed (R,), how many tokens of each row (with the "tokens"
+        loss also padding of the shorter row); send, which moves a tensor to the model's device.
     Attributes:
-        ids, columns, is_key (N,): the packed sequence; the column of each node in its row, which is its
-            position id and bounds what it sees; whether any node may see it.
+        ids, columns, is_key (N,): the packed sequence; each node's column, which is its position id and the
+            last column that it sees; whether nodes may see it.
         node_index (R, E): the node of each token, for reading rewards back; arbitrary beyond `needed`.
-        blocks: for each group of distinct rows, two tensors of node numbers: query_nodes (rows, Q), the new
-            nodes of each row; key_nodes (rows, K), all its nodes up to the last visible one. Shorter rows are
-            padded: with their last query, and with keys that the mask hides.
+        blocks: for each group of distinct rows, two tensors of node numbers: query_nodes (U, Q), the new
+            nodes of each row; key_nodes (U, K), the nodes of its columns up to the last visible one. Shorter
+            rows are padded: with their last query, and with keys that the mask hides.
         output_index (N,): where the output of each node stands in the concatenated outputs of the blocks."""
 
     @torch.compiler.disable  # its shapes differ from batch to batch
     def __init__(self, ids: Tensor, is_key: Tensor, needed: Tensor, send: Callable[[Tensor], Tensor]) -> None:
         t = torch.arange(ids.size(1))
-        # Equal prefixes merge; a hidden and a visible copy of an id differ. What is not needed sorts first:
-        # a row comes before those that extend it, so that each distinct row has a new token.
+        # The key tells masked padding from the same id as content. Columns that are not needed get the
+        # smallest key: a row sorts before its extensions, so that each distinct row has a new token.
         unneeded = torch.iinfo(torch.long).min
         merge_key = (2 * ids + is_key).masked_fill(t >= needed[:, None], unneeded)  # (R, E)
-        rows, row_of = torch.unique(merge_key, dim=0, return_inverse=True)  # (rows, E), distinct; (R,)
+        rows, row_of = torch.unique(merge_key, dim=0, return_inverse=True)  # (U, E), distinct; (R,)
         differs = F.pad(rows[1:] != rows[:-1], (0, 0, 1, 0), value=True)  # all of the first row is new
         new = (differs.cumsum(1) > 0) & (rows > unneeded)
-        # Nodes are numbered row by row. Where a column is not new, the row has the node of the row above.
-        nodes = torch.where(new, new.flatten().cumsum(0).view_as(new) - 1, 0).cummax(0).values
+        # Numbers grow from row to row, so the running maximum of a column is its newest node at or above.
+        nodes = ((new.flatten().cumsum(0) - 1).view_as(new) * new).cummax(0).values  # (U, E)
         self.node_index = send(nodes[row_of])
         self.ids, self.is_key = send(rows[new] // 2), send(rows[new] % 2 == 1)
         self.columns = send(t.expand_as(rows)[new])
         # Hidden keys come last, and so can be cut off.
-        queries, keys, lengths = new.sum(1), (rows % 2).sum(1), (rows > unneeded).sum(1)  # (rows,)
+        queries, keys, lengths = new.sum(1), (rows % 2).sum(1), (rows > unneeded).sum(1)  # (U,)
         block = torch.unique(block_labels(queries, keys, self.ids.device), dim=0, return_inverse=True)[1]
         self.blocks, output_index, offset = [], torch.empty(len(self.ids), dtype=torch.long), 0
-        nodes = F.pad(nodes, (0, 7))  # Q and K are multiples of 8, for the kernels
-        for in_block in (block == number for number in range(block.max() + 1)):
+        nodes = F.pad(nodes, (0, 7))  # so that K can round up to a multiple of 8, for the kernels
+        for in_block in F.one_hot(block).bool().T:  # (U,)
             Q, K = (x[in_block].max().add(7).item() // 8 * 8 for x in (queries, keys))
             count, length = queries[in_block, None], lengths[in_block, None]
             query_nodes = nodes[in_block].gather(1, (length - count + torch.arange(Q)).minimum(length - 1))
-            real = torch.arange(Q) < count  # (rows, Q)
+            real = torch.arange(Q) < count  # (U, Q); the rest repeats the last query
             output_index[query_nodes[real]] = offset + real.flatten().nonzero().squeeze(1)
             offset += real.numel()
             self.blocks.append((send(query_nodes), send(nodes[in_block, :K])))
         self.output_index = send(output_index)
-        self.masks: dict[tuple, list[Tensor]] = {}  # of `masks_for`
+        self.masks: dict[tuple, list[Tensor]] = {}  # the cache of `masks_for`
 
     def masks_for(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Tensor]:
-        """For each block what is added to the scores, (rows, 1, repeats * Q, K): 0 where a key is seen, else
-        -inf. `repeats`: query heads per KV head. Cached, else autograd keeps a copy per layer."""
+        """One additive mask per block, (U, 1, repeats * Q, K): 0 where a key is seen, else -inf. `repeats`:
+        query heads per KV head. Cached, so that autograd keeps one copy for all layers."""
         key = window, repeats, dtype
         if key not in self.masks:
             self.masks[key] = []
             for query_nodes, key_nodes in self.blocks:
-                column = self.columns[query_nodes][:, :, None]  # (rows, Q, 1)
+                column = self.columns[query_nodes][:, :, None]  # (U, Q, 1)
                 t = torch.arange(key_nodes.size(1), device=column.device)  # the column of each key
-                seen = self.is_key[key_nodes][:, None] & (t <= column)  # (rows, Q, K)
+                seen = self.is_key[key_nodes][:, None] & (t <= column)  # (U, Q, K)
                 if window is not None:
                     seen &= t > column - window
                 mask = torch.zeros(seen.shape, dtype=dtype, device=t.device).masked_fill(~seen, -torch.inf)
@@ -454,9 +454,8 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Attention, the only operation that mixes tokens: queries are a row's new nodes, keys all its nodes.
 
-    Args: query (1, heads, N, D), key, value (1, KV heads, N, D), grouped as in arXiv:2305.13245. options, the
-        layer's, among them `sliding_window`, the columns that a query sees, its own included; plus `tree`, a
-        PrefixTree, without which this is transformers' sdpa.
+    Args: query (1, heads, N, D), key, value (1, KV heads, N, D), grouped as in arXiv:2305.13245. options: the
+        layer's, as `sliding_window`, the columns a query sees; and `tree`, without which this is sdpa.
     Returns (1, N, heads, D) with value's D, and no attention weights. A query that sees no key gets 0."""
     tree = options.pop("tree", None)
     if tree is None:
@@ -464,16 +463,17 @@ def tree_attention(
     # sliding_window=None: full attention (EXAONE 4). No such option: the module's window (Qwen2-MoE).
     window = options.get("sliding_window", getattr(module, "sliding_window", None))
     settings = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
-    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (N, [KV] heads, D)
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
     heads, kv_heads, outputs = query.size(1), key.size(1), []
     masks = tree.masks_for(window, heads // kv_heads, query.dtype)
+    # (N, heads, D) -> (U, heads, Q or K, D)
+    gather = lambda x, nodes: x.index_select(0, nodes.flatten()).unflatten(0, nodes.shape).transpose(1, 2)
     for (query_nodes, key_nodes), mask in zip(tree.blocks, masks):
-        rows, wanted = len(query_nodes), ((query, query_nodes), (key, key_nodes), (value, key_nodes))
-        q, k, v = (x.index_select(0, i.flatten()).unflatten(0, i.shape).transpose(1, 2) for x, i in wanted)
+        q, k, v = gather(query, query_nodes), gather(key, key_nodes), gather(value, key_nodes)
         # Few kernels support a mask with grouped heads, so the query heads of a KV head become more queries.
-        q = q.reshape(rows, kv_heads, -1, q.size(3))
+        q = q.reshape(len(q), kv_heads, -1, q.size(3))
         x = F.scaled_dot_product_attention(q, k, v, mask, **settings)
-        outputs.append(x.reshape(rows, heads, -1, v.size(3)).transpose(1, 2).flatten(0, 1))
+        outputs.append(x.reshape(len(q), heads, -1, v.size(3)).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, tree.output_index)[None], None
 
 
@@ -482,11 +482,11 @@ transformers.AttentionMaskInterface.register(TREE_ATTENTION, transformers.Attent
 
 
 def partition(model: RewardModel, zero_optimization: dict[str, Any]) -> None:
-    """Partition rank 0's parameters over the ranks; newly initialised weights differ from rank to rank."""
+    """Broadcast rank 0's parameters, since new weights differ between ranks, and partition them."""
     import deepspeed
 
     if "LOCAL_RANK" not in os.environ:
-        raise ValueError("ZeRO stage 3 partitions over ranks: launch with deepspeed")
+        raise ValueError("ds_config has ZeRO stage 3, which partitions over ranks: launch with deepspeed")
     accelerator = deepspeed.get_accelerator()
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))  # which receives rank 0's broadcast
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero_optimization}

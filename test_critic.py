@@ -304,9 +304,9 @@ def test_opt_begins_every_text_with_bos_which_may_be_pad(n, masked, tokenizer):
 IDS = torch.randint(2, 60, (4, 9), generator=torch.Generator().manual_seed(0))
 BAD_CALLS = {
     "an odd batch": (lambda m: m(IDS[:3]), "3 rows"),
-    "no rows": (lambda m: m(IDS[:0]), r"shapes \(0, 9\)"),
-    "1-D ids": (lambda m: m(IDS[0]), r"shapes \(9,\)"),
-    "a mask of another shape": (lambda m: m(IDS, torch.ones(4, 8)), r"\(4, 9\), \(4, 8\): pass both"),
+    "no rows": (lambda m: m(IDS[:0]), r"input_ids \(0, 9\)"),
+    "1-D ids": (lambda m: m(IDS[0]), r"input_ids \(9,\)"),
+    "a mask of another shape": (lambda m: m(IDS, torch.ones(4, 8)), r"input_ids \(4, 9\), mask \(4, 8\): pass"),
     "a row of padding": (lambda m: m(IDS * torch.tensor([[1], [1], [0], [1]])), "row 2"),
     "a row masked out": (lambda m: m.forward_value(IDS, torch.tensor([[1], [0], [1], [1]]).expand(4, 9), return_value_only=True), "row 1"),
     "loss_on": (lambda m: (setattr(m, "loss_on", "mean"), m(IDS)), "loss_on is 'mean'"),
@@ -647,7 +647,7 @@ def test_every_family_counts(capsys):
 
 # ---- chapter 1 alone ----
 
-HANDOVER = """        if self.share_prefix and tree_is_exact(self.rwtransformer):
+HANDOVER = """        if self.share_prefix and use_tree(self.rwtransformer):
             return tree_rewards(self, ids, is_key, needed)
 """
 
@@ -803,6 +803,17 @@ def damage(folder, change):
     return folder
 
 
+OLD_BUFFERS = {"gptj": "h.0.attn.bias", "gpt2": "h.1.attn.masked_bias", "gpt_neo": "h.0.attn.attention.bias"}
+
+
+@pytest.mark.parametrize("name", OLD_BUFFERS)
+def test_buffers_that_transformers_once_saved_are_passed_over(name, tokenizer, tmp_path):
+    model = make_model(name, tokenizer)
+    folder = write_deepspeed_chat(tmp_path / "reward", model)
+    damage(folder, lambda s: s.update({f"rwtransformer.{OLD_BUFFERS[name]}": torch.ones(1, 1, 256, 256)}))
+    assert_same_weights(read_critic(folder, tokenizer), model)
+
+
 class Payload:
     """Pickled, it makes the folder `ran` when it is loaded."""
 
@@ -861,6 +872,7 @@ def test_bad_arguments_of_create(tokenizer, tmp_path):
     bare.pad_token = None
     reward = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
     t5 = write_other(tmp_path / "t5", "t5", vocab_size=96, d_model=32, num_layers=1)
+    vit = write_other(tmp_path / "vit", "vit", hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     bert, both_ways = (
         write_other(
             tmp_path / "bert",
@@ -879,17 +891,19 @@ def test_bad_arguments_of_create(tokenizer, tmp_path):
         (base, tokenizer, {"zero_stage": 3}, "zero_stage is 3"),
         (base, bare, {}, "pad_token_id"),
         (reward, longer, {"rlhf_training": True}, "the tokenizer has more tokens than .*reward: use"),
-        *((path, tokenizer, {}, "a critic needs a causal text decoder") for path in (t5, bert, both_ways)),
+        *((path, tokenizer, {}, "a critic needs a causal text decoder") for path in (t5, bert, both_ways, vit)),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             create_critic_model(str(path), which, {}, **options)
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "mpt", "llama", "falcon"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "mpt", "llama", "falcon", "biogpt"])
 def test_dropout_overrides_every_field(name, tokenizer, tmp_path):
-    base = write_base(tmp_path / "base", name, tokenizer)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = tmp_path / "base"
+    base = write_base(base, name, tokenizer) if name in FAMILIES else write_other(base, name, **sizes)
     model = create_critic_model(base, tokenizer, None, dropout=0.35)
-    found = re.findall(r'"(\w*(?:dropout|pdrop))": ([\d.]+)', json.dumps(model.config.to_dict()))
+    found = re.findall(r'"(\w*(?:dropout|pdrop|dropout_prob))": ([\d.]+)', json.dumps(model.config.to_dict()))
     assert found and {float(value) for _, value in found} == {0.35}
     ids, mask = pad_rows(random_rows(1))
     assert model.train()(ids, mask)["loss"] != model(ids, mask)["loss"]
@@ -1081,8 +1095,8 @@ def custom_code(folder):
 
 OTHERS_FOLDERS = {
     "an unknown head": (renamed("reward_head"), "unexpected model.reward_head.weight; the head must be score.weight.*: rename it"),
-    "a head with a bias": (renamed("v_head", ["v_head.bias"]), "unexpected score.bias; the head must be score.weight, one row without a bias"),
-    "trl's value head": (renamed("v_head.summary", ["v_head.summary.bias"]), "unexpected score.summary.*without a bias"),
+    "a head with a bias": (renamed("v_head", ["v_head.bias"]), "unexpected score.bias; the head must be score.weight, one row and no bias"),
+    "trl's value head": (renamed("v_head.summary", ["v_head.summary.bias"]), "unexpected score.summary.*no bias"),
     "a PEFT adapter": (adapter, "is a PEFT adapter: pass what save_critic_model wrote, after merge_and_unload"),
     "a DeepSpeed checkpoint": (deepspeed_checkpoint, "is a DeepSpeed checkpoint: pass what save_critic_model wrote"),
     "custom code": (custom_code, "trust_remote_code|custom code|does not recognize"),
@@ -1105,7 +1119,9 @@ def test_bad_ds_config_and_stage_3_without_a_launcher(tokenizer, tmp_path):
             ValueError, match='bf16 or fp16 in ds_config has "enabled": "auto": write true or false'
         ):
             create_critic_model(base, tokenizer, {name: {"enabled": "auto"}})
-    with pytest.raises(ValueError, match="ZeRO stage 3 partitions over ranks: launch with deepspeed"):
+    with pytest.raises(
+        ValueError, match="ds_config has ZeRO stage 3, which partitions over ranks: launch with deepspeed"
+    ):
         create_critic_model(base, tokenizer, {"zero_optimization": {"stage": 3}})
 
 
@@ -1425,7 +1441,7 @@ def test_loop_two_ranks_evaluate_exactly_as_one_and_stages_take_the_same_steps(t
 def test_loop_one_rank_tells_and_a_log_file_gets_two_lines_a_minute(trained, training):
     said = trained[2, 0][2]
     for once in (
-        "3 steps per epoch; 0 pairs, others in each epoch, are left over",
+        "3 steps per epoch; 0 pairs, others in each epoch, are not used",
         "critic saved: load it",
         "step 12: eval_loss",
     ):
@@ -1477,6 +1493,7 @@ CALL |= {"tool_calls": [{"name": "look", "arguments": {"at": None}}]}
 TOLD = message("42", "tool", name="look")
 ROWS = {
     "texts": ({"prompt": "Q:", "chosen": " yes", "rejected": " no"}, "Q: yes > Q: no"),
+    "a prompt of whitespace": ({"prompt": "\n", "chosen": "yes", "rejected": "no"}, "\nyes > \nno"),
     "complete texts": ({"chosen": "Q: yes", "rejected": "Q: no", "other": 1}, "Q: yes > Q: no"),
     "null counts as absent": ({"prompt": None, "ranked": None, "chosen": "Q: yes", "rejected": "Q: no"}, "Q: yes > Q: no"),
     "ranked": ({"prompt": "Q", "ranked": ["1", "2", "3"]}, "Q1 > Q2, Q1 > Q3, Q2 > Q3"),
@@ -1537,7 +1554,7 @@ def test_loop_a_prompt_under_another_key_is_told_with_the_count(talker, tmp_path
     for path, told in zip((paths[:1], paths), (False, True)):
         train_reward.read_pairs(path, talker, 512)
         said = capsys.readouterr().out
-        assert (f'warning: 600 pairs, the first in {paths[1]}:1, have no "prompt"' in said) == told
+        assert (f"warning: 600 pairs, the first in {paths[1]}:1, have no prompt" in said) == told
 
 
 def test_loop_batches_of_texts_become_the_tokens_of_single_ones(talker, tmp_path):
@@ -1605,7 +1622,7 @@ def test_loop_what_each_rank_sees(training, tmp_path):
     arguments = training(tmp_path / "out", 0, 2, train_micro_batch_size_per_gpu=2)
     del arguments[4:6]  # held-out data
     more = ["--num_train_epochs", "2", "--save_interval", "0", "--data_path", data]
-    assert "2 steps per epoch; 5 pairs, others in each epoch, are left over" in launch(
+    assert "2 steps per epoch; 5 pairs, others in each epoch, are not used" in launch(
         *arguments, *more, script=tmp_path / "watch.py"
     )
     seen, epochs = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)], []
@@ -1953,7 +1970,7 @@ def test_loop_an_error_on_one_rank_ends_all_ranks(training, tmp_path):
     (tmp_path / "faults.py").write_text(RANK_FAULTS)
     loss, critic = (
         "step 2: the loss is not finite: check ",
-        "the critic cannot be written; free space .No space left",
+        "the critic cannot be saved .No space left",
     )
     messages = {
         "loss": (loss + "the rows that another rank names", loss + r"(\S*train.jsonl.gz:\d+, ){4}or lower"),
@@ -2020,7 +2037,7 @@ def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
     }  # fmt: skip
     cases = {name: [*training(output), "--resume", *change] for name, change in changes.items()}
     for name, (code, message, _) in drive(cases, tmp_path).items():
-        assert code == 1 and "restore it" in message
+        assert code == 1 and "undo that" in message
         assert name.partition(",")[0] in message and "the number of ranks" in message
         assert ("the data" in message) == ("data" in name)
     assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
@@ -2134,7 +2151,7 @@ BAD_INPUT = {
     "a message among texts": (with_data(GOOD | {"chosen": ["w3", TALK[0]]}), AT + "texts and messages are mixed"),
     "equal in every row": (with_data(GOOD | {"rejected": GOOD["chosen"]}), "no pairs remain .1 identical"),
     "every pair too long": (with_data(GOOD | {"prompt": "w3 " * 300}), "no pairs remain .*larger --max_seq_len"),
-    "one pair only": (with_data(GOOD), "1 epochs of 0 pairs are not one step of 4: pass more data"),
+    "one pair only": (with_data(GOOD), "0 training pairs and 1 epochs give no step of 4 pairs: pass more data"),
     "a message without role": (with_talk([{"content": "w3"}]), AT + r'"chosen" is \[\{"content": "w3"\}\]; ' + MESSAGES),
     "a long list of no messages": (with_talk([{"content": "w3 " * 99}]), AT + '"chosen" is .*' + MESSAGES),
     "a role that is a number": (with_talk([{"role": 3, "content": "w3"}]), AT + '"chosen" is .*' + MESSAGES),
@@ -2150,7 +2167,7 @@ BAD_INPUT = {
     "a hub dataset": (["--data_path", "some/pairs"], "some/pairs: cannot be read; pass a .jsonl or .jsonl.gz file"),
     "max_seq_len 0": (["--max_seq_len", "0"], "no pairs remain"),
     "beyond the positions": (["--max_seq_len", "300"], "--max_seq_len is 300, but .* has 256 positions"),
-    "negative epochs": (["--num_train_epochs", "-1"], "-1 epochs of 21 pairs are not one step"),
+    "negative epochs": (["--num_train_epochs", "-1"], "21 training pairs and -1 epochs give no step"),
     "dropout 1.5": (["--dropout", "1.5"], "dropout is 1.5"),
     "an unknown loss": (["--loss_on", "mean"], "--loss_on: invalid choice: 'mean'"),
     "an unknown flag": (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
@@ -2167,7 +2184,7 @@ BAD_INPUT = {
     "an unknown optimizer": (with_config({"optimizer": {"type": "Adamm", "params": {}}}), "Adamm is not a supported"),
     "an unknown schedule": (with_config({"scheduler": {"type": "Cosine", "params": {}}}), "LR scheduler Cosine"),
     "two precisions": (with_config(BF16 | FP16), "cannot be simultaneously"),
-    "more accumulation than data": (with_config({"gradient_accumulation_steps": 99}), "21 pairs are not one step of 396"),
+    "more accumulation than data": (with_config({"gradient_accumulation_steps": 99}), "21 training pairs and 1 epochs give no step of 396 pairs"),
     "a truncated safetensors": (with_model(lambda f: cut(f / "model.safetensors")), "safetensors cannot be read"),
     "an unknown model type": (with_model(lambda f: edit(f / "config.json", model_type="nonesuch")), "nonesuch"),
     "a tokenizer without EOS": (with_model(lambda f: edit(f / "tokenizer_config.json", eos_token=None)), "no EOS token"),

@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, logging
 
 from critic import Tokenizer, create_critic_model, on_rank_0, save_critic_model
 
-SIDES = "chosen", "rejected"  # token ids (int32) of a pair, a dict with where ("file:line") and prompt (hash)
+SIDES = "chosen", "rejected"  # a pair: {"where": "file:line", "prompt": its hash, token ids for each side}
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=1234, help="for the value head, the order of the data and dropout")
     add("--dropout", type=float, help="overrides every dropout probability of the model")
     add("--compute_fp32_loss", action=yes_or_no, default=True, help="value head and loss in float32")
-    add("--loss_on", choices=["tokens", "end"], default="tokens", help="all after the prefix, or the last")
+    add("--loss_on", choices=["tokens", "end"], default="tokens", help="every response token, or the last")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--eval_interval", type=int, default=0, help="steps between evaluations (0: only at start and end)")
     add("--save_interval", type=int, default=0, help="steps between checkpoints (0: no checkpoints)")
@@ -83,8 +83,8 @@ def bar(*args: Any, **options: Any) -> tqdm:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield ("file:line", JSON value) for each line of a .jsonl[.gz] file. Null counts as absent."""
-    drop_nulls = lambda item: {key: value for key, value in item.items() if value is not None}
+    """Yield ("file:line", JSON value) for each line of a .jsonl[.gz] file. Messages lose their nulls."""
+    drop_nulls = lambda x: {k: v for k, v in x.items() if v is not None} if "role" in x else x
     with explain(f"{path}: cannot be read; pass a .jsonl or .jsonl.gz file", 80):
         lines = (gzip.open if path.endswith(".gz") else open)(path, "rb")
         for number, line in enumerate(bar(lines, desc="tokenizing", unit=" rows", delay=2), 1):
@@ -118,17 +118,17 @@ def render(where: str, row: Any, tokenizer: Tokenizer) -> Iterator[tuple[str, st
         if not all(isinstance(r, list) and prompt in [m.get("content") for m in r] for r in responses):
             fail(f'{where}: "prompt" is not a message of each response; pass a list of messages')
         prompt = None
-    prompt = prompt and check_response(prompt, where, "prompt")
+    prompt = prompt if isinstance(prompt, str) else prompt and check_response(prompt, where, "prompt")
     if len({type(text) for text in (prompt or responses[0], *responses)}) > 1:
         fail(f"{where}: texts and messages are mixed; expected the prompt and all responses in one form")
     if is_text := isinstance(responses[0], str):
-        tag, common = "\n\nAssistant:", os.path.commonprefix(responses)  # HH-RLHF's
+        tag, common = "\n\nAssistant:", os.path.commonprefix(responses)  # the tag is HH-RLHF's
         common = prompt or common.rpartition(tag)[0] or common.rpartition("\n")[0] or common
         common, write = common.strip().removesuffix(tag.strip()).strip(), lambda text: (prompt or "") + text
     else:
-        turns = [list(map(json.dumps, messages)) for messages in ([prompt] if prompt else responses)]
+        turns = [[json.dumps(m, sort_keys=True) for m in r] for r in ([prompt] if prompt else responses)]
         common, options = "".join(os.path.commonprefix(turns)), {"tools": row.get("tools"), "tokenize": False}
-        write = lambda turns: tokenizer.apply_chat_template((prompt or []) + turns, **options).rstrip()
+        write = lambda items: tokenizer.apply_chat_template((prompt or []) + items, **options).rstrip()
     with explain(f"{where}: the chat template fails here; fix the row or the template", 100):
         levels = [[write(response) for response in level] for level in levels]
     for two in itertools.combinations(levels, 2):
@@ -136,13 +136,13 @@ def render(where: str, row: Any, tokenizer: Tokenizer) -> Iterator[tuple[str, st
 
 
 def read_pairs(paths: list[str], tokenizer: Tokenizer, max_seq_len: int) -> list[dict]:
-    """All pairs; texts end with EOS. Too long ones are dropped: truncated, they would be half a response."""
+    """Read all pairs; texts end with EOS. Long texts are dropped, since truncation would cut responses."""
     pairs, promptless, dropped, eos = [], [], {"identical": 0, "long": 0}, tokenizer.eos_token_id
     rows = (pair for path in paths for item in read_rows(path) for pair in render(*item, tokenizer))
     while batch := list(itertools.islice(rows, 500)):  # fast tokenizers use threads on a batch
         tokens = {}
         for bos in {adds_bos for *_, adds_bos in batch}:
-            texts = list({text: 0 for *_, two, adds_bos in batch if adds_bos == bos for text in two})
+            texts = list(dict.fromkeys(x for *_, two, adds_bos in batch if adds_bos == bos for x in two))
             lists = tokenizer(texts, add_special_tokens=bos, return_attention_mask=False)["input_ids"]
             for text, ids in zip(texts, lists):
                 tokens[text, bos] = array("i", ids if ids[-1:] == [eos] else [*ids, eos])
@@ -157,7 +157,7 @@ def read_pairs(paths: list[str], tokenizer: Tokenizer, max_seq_len: int) -> list
     counts = f"{dropped['identical']} identical, {dropped['long']} longer than {max_seq_len} tokens"
     print(f"{', '.join(paths)}: {len(pairs)} pairs; dropped: {counts}", flush=True)
     if promptless:
-        what = 'have no "prompt" and no common prefix: rename the key that holds it to "prompt"'
+        what = 'have no prompt or common prefix: if another key holds the prompt, rename it to "prompt"'
         print(f"warning: {len(promptless)} pairs, the first in {promptless[0]}, {what}")
     if not pairs:
         fail(f"{', '.join(paths)}: no pairs remain ({counts} dropped); pass more, or a larger --max_seq_len")
@@ -165,7 +165,7 @@ def read_pairs(paths: list[str], tokenizer: Tokenizer, max_seq_len: int) -> list
 
 
 def shuffle_prompts(pairs: list[dict], seed: int) -> list[dict]:
-    """Prompts in random order, each with all its pairs: in one batch they overfit less (arXiv:2203.02155)."""
+    """Shuffle prompts; the pairs of a prompt stay together, to overfit less (InstructGPT, section 3.5)."""
     rng = random.Random(seed)
     draw = {prompt: rng.random() for prompt in dict.fromkeys(pair["prompt"] for pair in pairs)}
     return sorted(pairs, key=lambda pair: draw[pair["prompt"]])
@@ -178,7 +178,7 @@ def count_nodes(pairs: list[dict]) -> int:
 
 
 def deal(pairs: list[dict], ranks: int) -> list[list[dict]]:
-    """Give ranks equally many pairs and similar token counts: largest prompts first, each to the emptiest."""
+    """Give each rank as many pairs and similar token counts: large prompts first, to the lightest rank."""
     dealt, loads, size = [[] for _ in range(ranks)], [0] * ranks, len(pairs) // ranks
     groups = [list(group) for _, group in itertools.groupby(pairs, lambda pair: pair["prompt"])]
     for group in sorted(groups, key=count_nodes, reverse=True):
@@ -219,16 +219,16 @@ def demonstration(folder: Path, seed: int) -> None:
 
 
 def prepare(args: argparse.Namespace) -> tuple:
-    """All that can fail on bad input. Returns engine, tokenizer, train pairs, held-out pairs, config."""
+    """Check all input, read and build. Returns engine, tokenizer, train pairs, held-out pairs, config."""
     if "RANK" not in os.environ:  # `python train_reward.py`, without a launcher; port 0 is any free one
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     logging.set_verbosity_error()  # else transformers warns that the head is newly initialised
     deepspeed.init_distributed(timeout=timedelta(hours=6))  # rank 0 may take hours to write 140 GB
     sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")  # only rank 0 prints
     folder, path, data_path = Path(args.output_dir), args.model_name_or_path, args.data_path
-    names = ["config.json"] if args.resume else ["config.json", "metrics.jsonl"]
+    names = ["config.json"] if args.resume else ["config.json", "metrics.jsonl", "checkpoints"]
     taken = on_rank_0(lambda: [name for name in names if (folder / name).exists()])
-    if taken and not (args.eval_only or args.resume and newest_checkpoint(folder)):
+    if taken and not args.eval_only and not (args.resume and newest_checkpoint(folder)):
         fail(f"{folder} holds {taken[0]}: pass another --output_dir, or --resume a run with checkpoints")
     with explain(f"--deepspeed_config {args.deepspeed_config}: pass JSON for DeepSpeed, like ds_config.json"):
         ds_config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
@@ -241,7 +241,7 @@ def prepare(args: argparse.Namespace) -> tuple:
         tokenizer = AutoTokenizer.from_pretrained(path)
         if tokenizer.eos_token is None:
             fail(f"{path}: the tokenizer has no EOS token, with which every text ends; set one and save it")
-        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # PAD is not EOS; but no critic can grow
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # a trained critic cannot grow
             tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token if args.eval_only else "[PAD]"})
         options = {"rlhf_training": args.eval_only, "compute_fp32_loss": args.compute_fp32_loss}
         model = create_critic_model(path, tokenizer, ds_config, dropout=args.dropout, **options)
@@ -259,8 +259,8 @@ def prepare(args: argparse.Namespace) -> tuple:
         train_pairs = [pair for pair in train_pairs if pair["prompt"] not in held_out]
     steps = args.num_train_epochs * (len(train_pairs) // pairs_per_step)
     if steps < 1 and not args.eval_only:
-        sizes = f"{args.num_train_epochs} epochs of {len(train_pairs)} pairs"
-        fail(f"{sizes} are not one step of {pairs_per_step}: pass more data or epochs, or a smaller batch")
+        sizes = f"{len(train_pairs)} training pairs and {args.num_train_epochs} epochs"
+        fail(f"{sizes} give no step of {pairs_per_step} pairs: pass more data, or a smaller batch")
     schedule = ds_config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
         schedule["total_num_steps"] = max(steps, schedule.get("warmup_num_steps", 0) + 1)
@@ -310,10 +310,10 @@ def resume_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, 
         with explain(f"{newest}: cannot be read; delete it to resume from the one before"):
             before, written = json.loads((newest / "run.json").read_text())
             if changed := [name for name in before | settings if before.get(name) != settings.get(name)]:
-                fail(f"--resume: {', '.join(changed)} changed since {newest}: restore it, or start anew")
+                fail(f"--resume: {', '.join(changed)} changed since {newest}: undo that, or start over")
             engine.load_checkpoint(str(newest.parent), newest.name)
         print(f"resumed from {newest}")
-    on_rank_0(lambda: file.truncate(written))  # the lines after the checkpoint will be written again
+    on_rank_0(lambda: file.truncate(min(written, file.tell())))  # later lines will be written again
     return settings, file
 
 
@@ -361,9 +361,9 @@ def main() -> None:
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     epoch_steps, left_over = divmod(len(train_pairs), pairs_per_step)
     total_steps = args.num_train_epochs * epoch_steps
-    print(f"{epoch_steps} steps per epoch; {left_over} pairs, others in each epoch, are left over")
+    print(f"{epoch_steps} steps per epoch; {left_over} pairs, others in each epoch, are not used")
     settings, file = resume_run(engine, args, ds_config, train_pairs + eval_pairs)
-    norm_if_skipped = None if engine.fp16_enabled() and engine.dynamic_loss_scale() else math.nan  # an error
+    norm_if_skipped = None if engine.fp16_enabled() and engine.dynamic_loss_scale() else math.nan  # NaN stops
     step = engine.global_steps  # 0, or that of the checkpoint
     if step == 0:
         log(engine, file, evaluate(engine, eval_pairs, tokenizer))
@@ -393,13 +393,13 @@ def main() -> None:
                 stop(f"step {step}: the loss is not finite", suspects, args.output_dir)
             engine.step()
             norm = engine.get_global_grad_norm() if engine.was_step_applied() else norm_if_skipped
-            grad_norm = None if norm is None else float(norm)
-            if not math.isfinite(grad_norm or 0):
+            norm = None if norm is None else float(norm)
+            if not math.isfinite(norm or 0):
                 stop(f"step {step}: the gradient is not finite (loss {loss:.4g})", pairs, args.output_dir)
             seconds = time.perf_counter() - began
             log(engine, file, {
                 "epoch": step / epoch_steps, "loss": loss, "accuracy": accuracy, "margin": margin,
-                "learning_rate": engine.get_lr()[0], "grad_norm": grad_norm, "skipped_steps": engine.skipped_steps,
+                "grad_norm": norm, "learning_rate": engine.get_lr()[0], "skipped_steps": engine.skipped_steps,
                 "pairs_per_second": pairs_per_step / seconds, "tokens_per_second": tokens / seconds,
             })  # fmt: skip
             progress.update()
@@ -409,7 +409,7 @@ def main() -> None:
             if args.save_interval and step % args.save_interval == 0:
                 save_checkpoint(engine, Path(args.output_dir, "checkpoints"), settings, file)
     progress.close()
-    with explain(f"--output_dir {args.output_dir}: the critic cannot be written; free space"):
+    with explain(f"--output_dir {args.output_dir}: the critic cannot be saved"):
         save_critic_model(engine, tokenizer, args.output_dir)
     print(f"critic saved: load it with create_critic_model({args.output_dir!r}, ..., rlhf_training=True)")
 
