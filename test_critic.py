@@ -311,6 +311,7 @@ BAD_CALLS = {
     "a row masked out": (lambda m: m.forward_value(IDS, torch.tensor([[1], [0], [1], [1]]).expand(4, 9), return_value_only=True), "row 1"),
     "loss_on": (lambda m: (setattr(m, "loss_on", "mean"), m(IDS)), "loss_on is 'mean'"),
     "labels for ids": (lambda m: m(IDS.where(IDS != IDS[0, 3], -100)), "index out of range"),
+    "a negative id": (lambda m: m.forward_value(torch.tensor([[3, -100, 5]])), "index out of range"),
     "past_key_values": (lambda m: m(IDS, past_key_values=()), "past_key_values: not supported"),
     "head_mask": (lambda m: m.forward_value(IDS, head_mask=torch.ones(2, 2)), "head_mask: not supported"),
 }  # fmt: skip
@@ -1459,7 +1460,7 @@ SPEAK = (
     "<bos>{% if tools %}{{ tools | tojson }} {% endif %}{% for m in messages %}"
     "{% if m.role not in ('system', 'user', 'assistant', 'tool') %}{{ raise_exception('role ' ~ m.role) }}{% endif %}"
     "{{ m.role[0] }}:{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content or [] %}"
-    "{{ part.text }}{% endfor %}{% endif %}{% for call in m.tool_calls or [] %}{{ call.name }}(){% endfor %};"
+    "{{ part.text }}{% endfor %}{% endif %}{% for call in m.tool_calls or [] %}{{ call.name }}({{ call.arguments }}){% endfor %};"
     "{% endfor %}<eos>\n"
 )
 
@@ -1503,10 +1504,10 @@ ROWS = {
     "a prompt text beside them": ({"prompt": "Q", "chosen": dialogue("Q", "yes"), "rejected": dialogue("Q", "no")}, "u:Q;a:yes; > u:Q;a:no;"),
     "a system message first": ({"prompt": "Q", "chosen": [message("S", "system"), message("Q"), YES], "rejected": [message("S", "system"), message("Q"), NO]}, "s:S;u:Q;a:yes; > s:S;u:Q;a:no;"),
     "messages alone": ({"prompt": message("Q"), "chosen": YES, "rejected": NO}, "u:Q;a:yes; > u:Q;a:no;"),
-    "lists of lists of messages": ({"prompt": dialogue("Q"), "chosen": [[YES]], "rejected": [[NO], [CALL]]}, "u:Q;a:yes; > u:Q;a:no;, u:Q;a:yes; > u:Q;a:look();"),
+    "lists of lists of messages": ({"prompt": dialogue("Q"), "chosen": [[YES]], "rejected": [[NO], [CALL]]}, "u:Q;a:yes; > u:Q;a:no;, u:Q;a:yes; > u:Q;a:look({'at': None});"),
     "ranked messages": ({"prompt": dialogue("Q"), "ranked": [YES, [NO]]}, "u:Q;a:yes; > u:Q;a:no;"),
     "content parts": ({"prompt": message([{"type": "text", "text": "Q"}]), "chosen": YES, "rejected": NO}, "u:Q;a:yes; > u:Q;a:no;"),
-    "tools": ({"tools": [{"name": "look"}], "prompt": dialogue("Q"), "chosen": [CALL, TOLD, YES], "rejected": NO}, '[{"name": "look"}] u:Q;a:look();t:42;a:yes; > [{"name": "look"}] u:Q;a:no;'),
+    "tools": ({"tools": [{"name": "look"}], "prompt": dialogue("Q"), "chosen": [CALL, TOLD, YES], "rejected": NO}, '[{"name": "look"}] u:Q;a:look({\'at\': None});t:42;a:yes; > [{"name": "look"}] u:Q;a:no;'),
 }  # fmt: skip
 
 
@@ -2155,12 +2156,12 @@ BAD_INPUT = {
     "a message without role": (with_talk([{"content": "w3"}]), AT + r'"chosen" is \[\{"content": "w3"\}\]; ' + MESSAGES),
     "a long list of no messages": (with_talk([{"content": "w3 " * 99}]), AT + '"chosen" is .*' + MESSAGES),
     "a role that is a number": (with_talk([{"role": 3, "content": "w3"}]), AT + '"chosen" is .*' + MESSAGES),
-    "an unknown role": (with_talk([{"role": "robot", "content": "w3"}]), AT + "the chat template fails here; fix the row or the template .*role robot"),
-    "a template's long complaint": (with_talk([{"role": "robot " * 99, "content": "w3"}]), AT + "the chat template fails here"),
+    "an unknown role": (with_talk([{"role": "robot", "content": "w3"}]), AT + "the chat template fails; fix the row, or set a template .*role robot"),
+    "a template's long complaint": (with_talk([{"role": "robot " * 99, "content": "w3"}]), AT + "the chat template fails"),
     "a message that is none": (with_talk(["w3"]), AT + "texts and messages are mixed"),
     "a message and a text": (with_talk([TALK[0], "w3"]), AT + '"chosen" is .*' + MESSAGES),
     "no message": (with_talk([]), AT + r'"chosen" is \[\]; ' + MESSAGES),
-    "content that is no text": (with_talk([{"role": "user", "content": 3}]), AT + "the chat template fails here"),
+    "content that is no text": (with_talk([{"role": "user", "content": 3}]), AT + "the chat template fails"),
     "tools that are none": (with_data({"tools": "w3", "chosen": TALK, "rejected": TALK}), AT + "the chat template fails"),
     "messages without a template": (lambda f: [*with_talk(TALK)(f), "--model_name_or_path", "mute"], r"pairs\.jsonl:1: .*chat_template is not set"),
     "no such file": (["--data_path", "missing.jsonl"], "missing.jsonl: cannot be read"),

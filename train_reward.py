@@ -129,7 +129,7 @@ def render(where: str, row: Any, tokenizer: Tokenizer) -> Iterator[tuple[str, st
         turns = [[json.dumps(m, sort_keys=True) for m in r] for r in ([prompt] if prompt else responses)]
         common, options = "".join(os.path.commonprefix(turns)), {"tools": row.get("tools"), "tokenize": False}
         write = lambda items: tokenizer.apply_chat_template((prompt or []) + items, **options).rstrip()
-    with explain(f"{where}: the chat template fails here; fix the row or the template", 100):
+    with explain(f"{where}: the chat template fails; fix the row, or set a template", 100):
         levels = [[write(response) for response in level] for level in levels]
     for two in itertools.combinations(levels, 2):
         yield from ((where, common, pair, is_text) for pair in itertools.product(*two))
@@ -237,7 +237,7 @@ def prepare(args: argparse.Namespace) -> tuple:
     if path is None:
         path, data_path = str(folder / "demo"), [f"{folder}/demo/manual.jsonl"]
         on_rank_0(lambda: demonstration(folder / "demo", args.seed))
-    with explain(f"--model_name_or_path {path}: pass a hub id or a folder with config.json and tokenizer"):
+    with explain(f"--model_name_or_path {path}: cannot make a critic of this folder or hub id"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         if tokenizer.eos_token is None:
             fail(f"{path}: the tokenizer has no EOS token, with which every text ends; set one and save it")
