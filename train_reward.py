@@ -98,7 +98,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
 def check_response(value: Any, where: str, key: str) -> str | list[dict[str, Any]]:
     """A text, or a list of messages, whose content the chat template checks. One message becomes a list."""
     items = value if isinstance(value, str | list) else [value]
-    has_role = [isinstance(item, dict) and isinstance(item.get("role"), str) for item in items]
+    has_role = (isinstance(item, dict) and isinstance(item.get("role"), str) for item in items)
     if not items or not (items.strip() if isinstance(items, str) else all(has_role)):
         found = "missing or null" if value is None else json.dumps(value)[:50]
         fail(f'{where}: "{key}" is {found}; expected a text, or a list of {{"role", "content"}} messages')
