@@ -126,7 +126,6 @@ FAMILIES |= {
     "phi3-window": ("phi3", {}),
     "exaone4": ("exaone4", {}),
 }  # fmt: skip
-FAMILIES = {name: family for name, family in FAMILIES.items() if family[0] in transformers.CONFIG_MAPPING}
 TREES = [name for name, (model_type, _) in FAMILIES.items() if model_type in critic.TREE_FAMILIES]
 PLAIN = ["opt", "opt-350m", "llama", "gpt2", "gpt_neox", "bloom", "qwen3"]
 
@@ -226,8 +225,8 @@ def reference_rewards(model, ids, mask, n, T):
     row = [ids[t] for t in reference_content(ids, mask, n)]
     length, padding = len(row), T - len(row)
     row += [PAD] * padding
-    bits = None if mask is None else torch.tensor([[1] * length + [0] * padding] * 2)
-    hidden = model.rwtransformer(input_ids=torch.tensor([row] * 2), attention_mask=bits, use_cache=False)[0]
+    bits = None if mask is None else torch.tensor([[1] * length + [0] * padding])
+    hidden = model.rwtransformer(input_ids=torch.tensor([row]), attention_mask=bits, use_cache=False)[0]
     return model.v_head(hidden)[0, :, 0], length, row
 
 
@@ -997,8 +996,6 @@ def test_a_full_disk_leaves_the_old_critic(tokenizer, tmp_path):
 @pytest.mark.parametrize("family", ["olmoe", "glm4_moe", "minimax_m2", "granitemoe"])
 @pytest.mark.filterwarnings("ignore:transformers has no .*ForSequence")
 def test_experts_of_a_model_that_transformers_loaded_are_saved(family, tokenizer, tmp_path):
-    if family not in transformers.CONFIG_MAPPING:
-        return
     AutoModel.from_config(tiny_config(family)).save_pretrained(tmp_path / "base")
     model = RewardModel(AutoModel.from_pretrained(tmp_path / "base"), tokenizer).eval()
     ids, mask = pad_rows(random_rows(2, pads=False))
@@ -2027,12 +2024,13 @@ def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
     config = write_ds_config(tmp_path / "ds.json", gradient_accumulation_steps=2, gradient_clipping=0.5)
     pairs = make_pairs()
-    one_more = write_rows(tmp_path / "more.jsonl", [*pairs, pairs[0] | {"chosen": " w3"}])
+    fewer = write_rows(tmp_path / "fewer.jsonl", pairs[:-1])
+    more_held_out = write_rows(tmp_path / "held_out.jsonl", [pairs[-1], *read_lines(training.held_out)])
     one_token = write_rows(tmp_path / "token.jsonl", [pairs[0] | {"rejected": " w3"}, *pairs[1:]])
     changes = {
         "the data": ["--data_path", write_rows(tmp_path / "other.jsonl", make_pairs()[::-1])],
         "the data, moved": ["--data_path", training.held_out, "--eval_path", training.folder / "train.jsonl.gz"],
-        "the data, one held out": ["--data_path", one_more], "the data, a token": ["--data_path", one_token],
+        "the data, one held out": ["--data_path", fewer, "--eval_path", more_held_out], "the data, a token": ["--data_path", one_token],
         "seed": ["--seed", "1"], "loss_on": ["--loss_on", "end"], "compute_fp32_loss": ["--no-compute_fp32_loss"],
         "gradient_clipping": ["--deepspeed_config", config],
     }  # fmt: skip

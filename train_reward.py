@@ -294,11 +294,11 @@ def evaluate(engine: DeepSpeedEngine, pairs: list[dict], tokenizer: Tokenizer) -
     return dict(zip(names, results.mean(1).tolist())) | {"eval_ties": int((results[1] == 0.5).sum())}
 
 
-def resume_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, pairs: list[dict]) -> tuple:
+def resume_run(engine: DeepSpeedEngine, args: argparse.Namespace, config: dict, parts: list) -> tuple:
     """Lock metrics.jsonl; load the newest checkpoint, if any. Returns this run's settings and the file."""
     flags = ("model_name_or_path", "seed", "num_train_epochs", "dropout", "compute_fp32_loss", "loss_on")
-    digest, folder, written = sha256(), Path(args.output_dir), 0
-    for pair in pairs:
+    digest, folder, written = sha256(str([*map(len, parts)]).encode()), Path(args.output_dir), 0
+    for pair in itertools.chain(*parts):
         digest.update(b"%b%d " % (pair["prompt"], len(pair["chosen"])) + pair["chosen"] + pair["rejected"])
     settings = {name: vars(args)[name] for name in flags} | config
     settings |= {"the data": digest.hexdigest(), "the number of ranks": dist.get_world_size()}
@@ -362,7 +362,7 @@ def main() -> None:
     epoch_steps, left_over = divmod(len(train_pairs), pairs_per_step)
     total_steps = args.num_train_epochs * epoch_steps
     print(f"{epoch_steps} steps per epoch; {left_over} pairs, others in each epoch, are not used")
-    settings, file = resume_run(engine, args, ds_config, train_pairs + eval_pairs)
+    settings, file = resume_run(engine, args, ds_config, [train_pairs, eval_pairs])
     norm_if_skipped = None if engine.fp16_enabled() and engine.dynamic_loss_scale() else math.nan  # NaN stops
     step = engine.global_steps  # 0, or that of the checkpoint
     if step == 0:
