@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What critic.py and train_reward.py promise, checked offline on a CPU: `pytest`. As a program: the benchmark.
+"""Tests of critic.py and train_reward.py, offline and on a CPU. As a program: the benchmark.
 
-`reference_*` are the plain, slow meaning of the rules, a loop over rows and tokens; the tests compare with them.
-From the model to its loop to the loop's faults; `pytest -k "not loop"` is critic.py alone, without deepspeed.
+`reference_*` are the plain, slow meaning of the rules, a loop over rows and tokens; tests compare
+with them. `pytest -k "not loop"` runs the tests of critic.py alone.
 """
 
 import argparse
 import copy
-import ctypes
 import fcntl
 import functools
 import gzip
@@ -15,12 +14,12 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import re
 import resource
-import shutil
 import signal
 import statistics
 import subprocess
@@ -28,118 +27,120 @@ import sys
 import tempfile
 import time
 from array import array
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
+from torch.autograd.profiler import profile
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import critic
 from critic import RewardModel, create_critic_model, save_critic_model
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 HERE = Path(__file__).parent
-PAD, VOCAB = 0, 96
-BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
+PAD = 0
+VOCAB = 96
+BF16 = {"bf16": {"enabled": True}}
 SIDES = ("chosen", "rejected")
 
-# What an attribute becomes, in whatever family it occurs.
+# ---- tiny models of every family ----
+
+# What an attribute becomes, in whatever family it occurs; of several patterns, the last counts.
 TINY = {
-    r"hidden_size|d_model|n_embd|emb(edding)?_dim|(input_)?embedding_size|word_embed_proj_dim|lru_width|mamba_d_ssm|attention_hidden_size": 32,
-    r"intermediate_size|(encoder_|decoder_)?ffn_dim|n_inner|ffn_hidden_size|dim_ff|dff|d_inner": 48,
-    r"\w+_intermediate_size|intermediate_size_mlp|expert_ffn_hidden_size|\w+_lora_rank|\w+_embed_dim": 16,
-    r"(?!qk_head)(\w+_)?head_?dim|rotary_dim|dim_head|mamba_d_(head|state)|(ssm_)?state_size|kv_channels|index_topk|router_hidden_size": 8,
-    r"sliding_window(_size)?|(attention_)?window_size|local_attention|\w*chunk_size|block_size|hidden_size_per_layer_input": 8,
-    r"num_(attention_|decoder_attention_|encoder_attention_|linear_)?heads|(encoder_|decoder_)?attention_heads|n_heads?|swa_num_attention_heads|linear_num_\w+_heads|mamba_n(um)?_heads|n_mamba_heads|index_n_heads": 4,
-    r"(\w+_)?num_experts|num_local_experts|n_routed_experts|zero_expert_num": 4,
-    r"num_experts_per_tok(en)?|moe_k|moe_topk|moe_layer_end_index|\w+_layer_period|num_kv_shared_layers|encoder_layers|num_encoder_layers": 2,
-    r"n_groups?|topk_group|num_expert_group|(mamba_)?expand|\w+_layer_offset|first_k_dense_replace|num_dense_layers|max_window_layers|moe_layer_start_index|\w+_shared_experts": 1,
-    r"(\w+_)?vocab(_size)?(_per_layer_input)?": 96,
-    r"max_position_embeddings|n_positions|n_ctx|max_seq_len": 256,
-    r"\w+_token_id": 1,
-    r"use_sliding_window": True,
-    r"attention_types": [[["global", "local"], 1]],
-    r"per_layer_config": {},
-}  # fmt: skip
+    r"(?!\w*(kv|key_value))\w*_heads|n_head|\w*_experts|zero_expert_num": 4,
+    r"\w*hidden_size|d_model|n_embd|\w*emb(edding)?_(dim|size)|lru_width|mamba_d_ssm": 32,
+    r"word_embed_proj_dim|projection_dim|(vision_|projector_)(in|out)put_dim": 32,
+    r"(intermediate|ffn_hidden)_size|\w*ffn_dim|n_inner|dim_ff|dff|d_inner|mlp_dim": 48,
+    r"\w+_intermediate_size\w*|intermediate_size_mlp|expert_ffn_hidden_size|\w+_lora_rank": 16,
+    r"num_position_embeddings|\w+_embed_dim|image_size": 16,
+    r"(?!qk_head)\w*head_?dim|rotary_dim|dim_head|(mamba_)?d_head|kv_channels|index_topk": 8,
+    r"\w*(window|chunk|state)(_size)?|block_size|local_attention": 8,
+    r"router_hidden_size|hidden_size_per_layer_input|patch_size": 8,
+    r"moe_k|moe_topk|moe_layer_end_index|\w+_layer_period|num_kv_shared_layers|depth": 2,
+    r"(num_)?encoder_layers|num_experts_per_tok(en)?": 2,
+    r"n_groups?|topk_group|num_expert_group|(mamba_)?expand|\w+_layer_offset|max_window_layers": 1,
+    r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|\w+(shared_experts|token_id)": 1,
+    r"(\w+_)?vocab(_size)?(_per_layer_input)?": VOCAB,
+    "max_position_embeddings|n_positions|n_ctx|max_seq_len": 256,
+    "pad_token_id": PAD,
+    "use_sliding_window": True,
+    "attention_types": [[["global", "local"], 1]],
+    "deepstack_visual_indexes": [0],
+    "per_layer_config": {},
+}
 LAYERS = r"num_hidden_layers|n_layers?|num_(decoder_)?layers|decoder_layers|num_blocks"
-KINDS = r"(mlp_)?layer_types|layers_block_type|block_types"
 WINDOWED = {"full_attention", "sliding_attention"}
 
 
 def tiny_config(family, **overrides):
-    """Any family's text decoder, 32 wide, with one layer of each kind; shrunk by the names of its attributes."""
-    config = transformers.CONFIG_MAPPING[family] if isinstance(family, str) else family
-    default = config().get_text_config(decoder=True)
+    """Any family's text decoder, shrunk by its attributes' names, with a layer of each kind."""
+    config_class = transformers.CONFIG_MAPPING[family] if isinstance(family, str) else family
+    default = config_class().get_text_config(decoder=True)
     given = default.to_dict()
-    tiny = {name: size for pattern, size in TINY.items() for name in given if re.fullmatch(pattern, name)}
-    tiny |= {
-        name: type(given[name])(0) for name in given if re.search("dropout$|_pdrop$", name) and given[name]
-    }
-    tiny |= {"pad_token_id": 0}
-    for name in {"num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"} & given.keys():
-        tiny[name] = 4 if given[name] in (given.get("num_attention_heads"), None) else 2
-    if given.get("num_experts_per_tok") == 1:  # Zaya takes no more
-        tiny["num_experts_per_tok"] = 1
-    kinds = {name: set(given[name] or ()) for name in given if re.fullmatch(KINDS, name)}
-    # Kinds of layers that released checkpoints have, though not the default config.
+    tiny = {}
+    kinds = {}
+    for name, value in given.items():
+        for pattern, size in TINY.items():
+            if re.fullmatch(pattern, name):
+                tiny[name] = size
+        if re.fullmatch("(swa_)?num_(key_value|kv)_heads", name):
+            tiny[name] = 4 if value in (given.get("num_attention_heads"), None) else 2
+        if re.fullmatch(r"(mlp_)?layer_types|layers_block_type|block_types", name):
+            kinds[name] = set(value or ())
+    # Released checkpoints have windows, though not every default config.
     if "sliding_window" in given and kinds.get("layer_types", {""}) <= WINDOWED:
-        kinds["layer_types"] |= WINDOWED
-    if "conv_L_cache" in given:
-        kinds["layer_types"] |= {"conv", "full_attention"}
-    if "mamba_d_state" in given and "layer_types" in kinds:
-        kinds["layer_types"] |= {"linear_attention", "full_attention"}
-    # Gemma's later layers share the keys of an earlier one of their kind, so that each kind is there twice.
-    count = max([2, *map(len, kinds.values())]) * (1 + ("num_kv_shared_layers" in given))
+        kinds["layer_types"] = WINDOWED
+    count = max([2, *map(len, kinds.values())])
+    if "num_kv_shared_layers" in given:  # Gemma's later layers share the keys of earlier ones
+        count *= 2
     tiny |= {name: count for name in given if re.fullmatch(LAYERS, name)}
-    tiny |= {name: (sorted(listed) * count)[:count] for name, listed in kinds.items() if listed}
-    for name, part in vars(default).items():  # BLT's byte encoder, Phi-4's eyes and ears
+    tiny |= {name: (sorted(kind) * count)[:count] for name, kind in kinds.items() if kind}
+    return type(default)(**tiny | tiny_parts(default) | overrides)
+
+
+def tiny_parts(config):
+    """The configs inside of a config: text, vision, BLT's byte encoder."""
+    parts = {}
+    for name, part in vars(config).items():
         if isinstance(part, transformers.PretrainedConfig):
-            tiny[name] = tiny_config(type(part)).to_dict()
-    return type(default)(**tiny | overrides)
+            parts[name] = tiny_config(type(part)).to_dict()
+    return parts
 
 
+ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 # name: (model_type, what differs from its tiny config)
 FAMILIES = {
-    name: (name, {}) for name in ("llama", "qwen2", "olmo2", "granite", "cohere", "qwen3", "gemma", "gpt2")
-}
-FAMILIES |= {
-    name: (name, {}) for name in ("gpt_bigcode", "opt", "gptj", "gpt_neo", "gpt_neox", "bloom", "mpt", "phi")
-}
-FAMILIES |= {
-    name: (name, {}) for name in ("starcoder2", "deepseek_v3", "stablelm", "qwen3_next", "gemma3_text")
-}
-FAMILIES |= {
     "opt-350m": ("opt", {"word_embed_proj_dim": 16}),
     "falcon": ("falcon", {"alibi": False}),
     "falcon-alibi": ("falcon", {"alibi": True}),
-    "llama-dynamic": ("llama", {"max_position_embeddings": 24, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "mistral-window": ("mistral", {}),
-    "mixtral": ("mixtral", {"sliding_window": None}),
-    "qwen2_moe-window": ("qwen2_moe", {}),
-    "gemma2-window": ("gemma2", {}),
-    "phi3-window": ("phi3", {}),
-    "exaone4": ("exaone4", {}),
-}  # fmt: skip
-TREES = [name for name, (model_type, _) in FAMILIES.items() if model_type in critic.TREE_FAMILIES]
-PLAIN = ["opt", "opt-350m", "llama", "gpt2", "gpt_neox", "bloom", "qwen3"]
+    "llama-dynamic": ("llama", {"max_position_embeddings": 24, "rope_scaling": ROPE}),
+    "gpt2": ("gpt2", {"n_positions": 32}),  # rows are shorter, padded batches longer
+}
+SAME_NAME = """
+llama mistral mixtral qwen2 olmo2 granite cohere qwen3 gemma gpt_bigcode opt gptj gpt_neo gpt_neox
+bloom mpt phi starcoder2 deepseek_v3 qwen2_moe stablelm qwen3_next gemma2 gemma3_text phi3 exaone4
+"""
+FAMILIES |= {name: (name, {}) for name in SAME_NAME.split()}
+TREES = [name for name, (family, _) in FAMILIES.items() if family in critic.TREE_FAMILIES]
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A word-level tokenizer of VOCAB - 8 tokens with PAD and EOS; saved and loaded like any other."""
+    """A word-level tokenizer of VOCAB - 8 tokens with PAD and EOS; it is saved like any other."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<eos>", "<unk>"] + [f"w{index}" for index in range(VOCAB - 11)]
-    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    vocabulary = {word: index for index, word in enumerate(words)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    fast = transformers.PreTrainedTokenizerFast
+    return fast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def longer_by(count, tokenizer):
@@ -148,189 +149,238 @@ def longer_by(count, tokenizer):
     return longer
 
 
-def make_config(name, **overrides):
-    model_type, differences = FAMILIES[name]
-    return tiny_config(model_type, **differences | overrides)
+@torch.no_grad()
+def spread(model):
+    """Add noise to the weights: at the library's initial scale all scores are nearly equal."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
 
 
 def make_backbone(name, attention=None, seed=0, dropout=0.0, **overrides):
     torch.manual_seed(seed)
-    config = make_config(name, **overrides)
-    vars(config).update({key: dropout for key in vars(config) if dropout and re.search("drop(out)?$", key)})
-    model = AutoModel.from_config(config, **({"attn_implementation": attention} if attention else {}))
-    with torch.no_grad():  # at the library's initial scale all scores are nearly equal
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    family, differences = FAMILIES[name]
+    config = tiny_config(family, **differences | overrides)
+    for key in vars(config):
+        if re.search("drop(out)?$", key):
+            vars(config)[key] = dropout
+    return spread(AutoModel.from_config(config, attn_implementation=attention)).eval()
 
 
-def make_model(name, tokenizer, attention=None, n=0, fp32=False, **overrides):
-    model = RewardModel(make_backbone(name, attention, **overrides), tokenizer, n, fp32)
-    with torch.no_grad():
-        model.v_head.weight.normal_(std=0.1)
+def make_model(name, tokenizer, attention=None, num_padding_at_beginning=0, fp32=False, **more):
+    loss_on = more.pop("loss_on", "tokens")
+    backbone = make_backbone(name, attention, **more)
+    model = RewardModel(backbone, tokenizer, num_padding_at_beginning, fp32, loss_on)
+    torch.nn.init.normal_(model.v_head.weight, std=0.1)
     return model
 
 
 def random_rows(seed, B=3, longest=28, pads=True):
-    """2B rows that begin alike in every way: answers to one prompt, three levels of turns, a row that is
-    another's beginning or its twin, one token, PAD inside. The first and the last token are content."""
-    rng, rows = random.Random(seed), []
-    ids = lambda low, high: [rng.randrange(2, VOCAB - 8) for _ in range(rng.randint(low, high))]
-    turns = list(itertools.accumulate([[], ids(1, 9), ids(1, 6), ids(1, 4)]))
+    """2B rows, each a prefix of an earlier one and some new tokens: trees of any depth, prefixes of
+    others, identical rows, PAD inside. Rows begin and end with content."""
+    rng = random.Random(seed)
+    rows = [[5]]
     for _ in range(2 * B):
-        row = rng.choice(turns) + ids(1, longest - len(turns[-1]))
-        if rows and rng.random() < 0.3:
-            row = rng.choice(rows)
-            row = row[: rng.randint(1, len(row))] + ids(0, 2) * rng.randint(0, 1)
-        if pads and rng.random() < 0.2:
-            row[rng.randrange(len(row))] = PAD
-        row[0], row[-1] = row[0] or 3, row[-1] or 4
+        other = rng.choice(rows)
+        row = other[: rng.randint(1, len(other))]
+        for _ in range(rng.randint(-4, longest - len(row))):
+            row.append(rng.randrange(2, VOCAB - 8))
+        if pads and len(row) > 1 and rng.random() < 0.2:
+            row[rng.randrange(1, len(row))] = PAD
+        row[-1] = row[-1] or 4
         rows.append(row)
-    return rows
+    return rows[1:]
 
 
 def pad_rows(rows, side="right", extra=3):
-    """(ids, mask); `extra` columns more than the longest row."""
-    T = max(map(len, rows)) + extra
-    fill = lambda row, gap: row + gap if side == "right" else gap + row
-    ids = [fill(row, [PAD] * (T - len(row))) for row in rows]
-    mask = [fill([1] * len(row), [0] * (T - len(row))) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+    """(ids, mask), with `extra` columns more than the longest row."""
+    ids = [torch.tensor(row) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    padded = [pad_sequence(part, True, PAD, side) for part in (ids, mask)]
+    return [F.pad(part, (extra, 0) if side == "left" else (0, extra)) for part in padded]
 
 
-def same(a, b, what=""):
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=lambda text: f"{what}: {text}")
+def same(a, b, what="", rtol=0):
+    """Tensors, or lists or dicts of them, are equal to 1e-5."""
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=rtol, msg=lambda text: f"{what}: {text}")
 
 
 def gradients(model, loss):
-    """{name: gradient}; of zeros where there is none."""
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, found))
+    """{name: gradient}, zeros where there is none."""
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    values = list(trained.values())
+    found = torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+    return dict(zip(trained, found))
+
+
+def results(model, ids, mask):
+    """Loss, end scores, values and gradients, by name."""
+    output = model(ids, mask)
+    values = model.forward_value(ids, mask, return_value_only=True)
+    return {**output, "values": values, **gradients(model, output["loss"])}
+
+
+def padded_results(model, ids, mask):
+    """The same of the padded batch."""
+    with mock.patch.object(model, "share_prefix", False):
+        return results(model, ids, mask)
 
 
 # ---- the plain reference ----
 
 
-def reference_content(ids, mask, n):
-    """The columns of a row's content, by the rule's own words."""
+def reference_content(ids, mask, num_padding_at_beginning):
+    """The tokens of one row's content."""
     if mask is not None:
-        return [t for t, bit in enumerate(mask) if bit]
+        return [token for token, bit in zip(ids, mask) if bit]
     text = [t for t, token in enumerate(ids) if token != PAD]
-    return list(range(max(0, text[0] - n), text[-1] + 1))
+    return ids[max(0, text[0] - num_padding_at_beginning) : text[-1] + 1]
 
 
-def reference_rewards(model, ids, mask, n, T):
-    """One row, its content at column 0 and PAD behind: rewards (T,), content length, the row."""
-    row = [ids[t] for t in reference_content(ids, mask, n)]
-    length, padding = len(row), T - len(row)
-    row += [PAD] * padding
-    bits = None if mask is None else torch.tensor([[1] * length + [0] * padding])
-    hidden = model.rwtransformer(input_ids=torch.tensor([row]), attention_mask=bits, use_cache=False)[0]
-    return model.v_head(hidden)[0, :, 0], length, row
-
-
-def reference_loss(model, input_ids, attention_mask=None, loss_on="tokens", n=0):
-    B, ids = len(input_ids) // 2, input_ids.tolist()
-    masks = [None] * (2 * B) if attention_mask is None else attention_mask.tolist()
-    T = max(len(reference_content(row, mask, n)) for row, mask in zip(ids, masks))
-    rows = [reference_rewards(model, row, mask, n, T) for row, mask in zip(ids, masks)]
-    losses = []
-    for (chosen, c, chosen_ids), (rejected, r, rejected_ids) in zip(rows[:B], rows[B:]):
-        p, e = 0, max(c, r)
-        while p < min(c, r) and chosen_ids[p] == rejected_ids[p]:
-            p += 1
-        if p == e:
-            losses.append(0 * chosen[0] + math.log(2))
-        elif loss_on == "end":
-            losses.append(-F.logsigmoid(chosen[c - 1] - rejected[r - 1]))
-        else:
-            losses.append(torch.stack([-F.logsigmoid(chosen[t] - rejected[t]) for t in range(p, e)]).mean())
-    return torch.stack(losses).mean(), torch.stack([rewards[length - 1] for rewards, length, _ in rows])
-
-
-def reference_tokens(input_ids, attention_mask, loss_on, n=0):
-    """How many distinct (prefix, token) a batch has, as far as the loss or (loss_on=None) the values read it."""
+def reference_rows(input_ids, attention_mask, num_padding_at_beginning):
     masks = [None] * len(input_ids) if attention_mask is None else attention_mask.tolist()
-    rows, found = [], set()
-    for ids, mask in zip(input_ids.tolist(), masks):
-        rows.append([(ids[t], True) for t in reference_content(ids, mask, n)])
-    for row, other in zip(rows, rows[len(rows) // 2 :] + rows[: len(rows) // 2]):
-        read = max(len(row), len(other)) if loss_on == "tokens" else len(row)
-        row = row + [(PAD, attention_mask is None)] * (read - len(row))
-        found |= {tuple(row[: t + 1]) for t in range(read)}
+    rows = zip(input_ids.tolist(), masks)
+    return [reference_content(ids, mask, num_padding_at_beginning) for ids, mask in rows]
+
+
+def reference_rewards(model, row, T, masked):
+    """The rewards (T,) of one row, with its content at column 0."""
+    padding = [PAD] * (T - len(row))
+    ids = torch.tensor([row + padding])
+    mask = torch.tensor([[1] * len(row) + [0] * len(padding)]) if masked else None
+    hidden = model.rwtransformer(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    return model.v_head(hidden)[0, :, 0]
+
+
+def reference_loss(model, input_ids, attention_mask=None, num_padding_at_beginning=0):
+    """The loss and the end scores, one pair after the other."""
+    rows = reference_rows(input_ids, attention_mask, num_padding_at_beginning)
+    T = max(map(len, rows))
+    rewards = [reference_rewards(model, row, T, attention_mask is not None) for row in rows]
+    scores = torch.stack([values[len(row) - 1] for row, values in zip(rows, rewards)])
+    B = len(rows) // 2
+    losses = []
+    for pair, (chosen, rejected) in enumerate(zip(rows[:B], rows[B:])):
+        e = max(len(chosen), len(rejected))
+        p = 0
+        while p < min(len(chosen), len(rejected)) and chosen[p] == rejected[p]:
+            p += 1
+        difference = rewards[pair] - rewards[B + pair]
+        if p == e:
+            losses.append(0 * difference[0] + math.log(2))
+        elif model.loss_on == "end":
+            losses.append(-F.logsigmoid(scores[pair] - scores[B + pair]))
+        else:
+            losses.append(-F.logsigmoid(difference[p:e]).mean())
+    return torch.stack(losses).mean(), scores
+
+
+def reference_tokens(input_ids, attention_mask, loss_on, num_padding_at_beginning=0):
+    """How many distinct (prefix, token) the loss, or with loss_on=None the values, read."""
+    rows = reference_rows(input_ids, attention_mask, num_padding_at_beginning)
+    B = len(rows) // 2
+    found = set()
+    for row, other in zip(rows, rows[B:] + rows[:B]):
+        path = [(token, True) for token in row]
+        if loss_on == "tokens":
+            path += [(PAD, attention_mask is None)] * (len(other) - len(row))
+        found |= {tuple(path[: t + 1]) for t in range(len(path))}
     return len(found)
 
 
-def assert_same_as_reference(model, ids, mask, n=0):
-    loss, scores = reference_loss(model, ids, mask, model.loss_on, n)
+def assert_same_as_reference(model, ids, mask, num_padding_at_beginning=0):
     output = model(ids, mask)
+    loss, scores = reference_loss(model, ids, mask, num_padding_at_beginning)
     same(output["loss"], loss, "loss")
     same(torch.cat([output[f"{side}_mean_scores"] for side in SIDES]), scores, "end scores")
-    found = gradients(model, output["loss"])
-    for name, value in gradients(model, loss).items():
-        same(found[name], value, f"gradient of {name}")
+    same(gradients(model, output["loss"]), gradients(model, loss), "gradients")
 
 
 # ---- the model ----
 
 
 def test_shapes_and_names(tokenizer):
-    for name in PLAIN:
-        model = make_model(name, tokenizer)
-        ids, mask = pad_rows(random_rows(8))
-        shapes = [value.shape for value in model(ids, mask).values()]
-        assert shapes == [(), (3,), (3,)]
-        values = model.forward_value(ids, mask, prompt_length=2)
-        assert values["values"].shape == ids.shape and values["chosen_end_scores"].shape == (6,)
-        assert model.forward_value(ids, mask, return_value_only=True, use_cache=False).shape == ids.shape
-        assert model(ids.int(), mask.bool())["loss"] == model(ids, mask.float())["loss"]
-        width = 16 if name == "opt-350m" else 32
-        assert model.v_head.weight.shape == (1, width) and model.v_head.bias is None
-        assert {key.split(".")[0] for key in model.state_dict()} == {"rwtransformer", "v_head"}
+    model = make_model("opt-350m", tokenizer)
+    ids, mask = pad_rows(random_rows(8))
+    output = model(ids.int(), mask.bool())
+    assert [value.shape for value in output.values()] == [(), (3,), (3,)]
+    output = model.forward_value(ids, mask, prompt_length=2)
+    assert not output["values"][mask == 0].any()
+    assert output["chosen_end_scores"].shape == (6,)
+    assert model.v_head.weight.shape == (1, 16)
+    assert {key.split(".")[0] for key in model.state_dict()} == {"rwtransformer", "v_head"}
 
 
-@pytest.mark.parametrize("n", [0, 1])
-@pytest.mark.parametrize("masked", [True, False])
-def test_opt_begins_every_text_with_bos_which_may_be_pad(n, masked, tokenizer):
-    model = make_model("opt", tokenizer, n=n).eval()
+@pytest.mark.parametrize(
+    ("num_padding_at_beginning", "masked", "length"),
+    [(0, False, [3, 2]), (1, False, [4, 3]), (0, True, [4, 3]), (1, True, [4, 3])],
+)
+def test_num_padding_at_beginning_for_opt(num_padding_at_beginning, masked, length, tokenizer):
+    """OPT starts every text with BOS, which has PAD's id with pad = eos."""
+    model = make_model("opt", tokenizer, num_padding_at_beginning=num_padding_at_beginning)
     ids = torch.tensor([[PAD, 5, 6, 7, PAD, PAD], [PAD, 5, 8, PAD, PAD, PAD]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]) if masked else None
-    assert_same_as_reference(model, ids, mask, n)
-    assert critic.align(ids, mask, PAD, n)[3].tolist() == ([4, 3] if masked or n else [3, 2])
+    assert critic.align(ids, mask, PAD, num_padding_at_beginning)[3].tolist() == length
+    assert_same_as_reference(model, ids, mask, num_padding_at_beginning)
 
 
 IDS = torch.randint(2, 60, (4, 9), generator=torch.Generator().manual_seed(0))
+ROW_2_EMPTY = torch.tensor([[1], [1], [0], [1]])
+# name: (arguments of forward, message)
 BAD_CALLS = {
-    "an odd batch": (lambda m: m(IDS[:3]), "3 rows"),
-    "no rows": (lambda m: m(IDS[:0]), r"input_ids \(0, 9\)"),
-    "1-D ids": (lambda m: m(IDS[0]), r"input_ids \(9,\)"),
-    "a mask of another shape": (lambda m: m(IDS, torch.ones(4, 8)), r"input_ids \(4, 9\), mask \(4, 8\): pass"),
-    "a row of padding": (lambda m: m(IDS * torch.tensor([[1], [1], [0], [1]])), "row 2"),
-    "a row masked out": (lambda m: m.forward_value(IDS, torch.tensor([[1], [0], [1], [1]]).expand(4, 9), return_value_only=True), "row 1"),
-    "loss_on": (lambda m: (setattr(m, "loss_on", "mean"), m(IDS)), "loss_on is 'mean'"),
-    "labels for ids": (lambda m: m(IDS.where(IDS != IDS[0, 3], -100)), "index out of range"),
-    "a negative id": (lambda m: m.forward_value(torch.tensor([[3, -100, 5]])), "index out of range"),
-    "past_key_values": (lambda m: m(IDS, past_key_values=()), "past_key_values: not supported"),
-    "head_mask": (lambda m: m.forward_value(IDS, head_mask=torch.ones(2, 2)), "head_mask: not supported"),
-}  # fmt: skip
+    "no rows": ({"input_ids": IDS[:0]}, r"input_ids \(0, 9\)"),
+    "no pairs": ({"input_ids": IDS[:3]}, "input_ids has 3 rows: pass B chosen"),
+    "another shape": ({"input_ids": IDS, "attention_mask": IDS[:, 1:]}, r"mask \(4, 8\): pass"),
+    "a row of padding": ({"input_ids": IDS * ROW_2_EMPTY}, "row 2 of input_ids is only padding"),
+    "a row masked out": ({"input_ids": IDS, "attention_mask": IDS * ROW_2_EMPTY}, "row 2"),
+    "labels as ids": ({"input_ids": IDS - 100}, "index out of range"),
+    "a cache": ({"input_ids": IDS, "past_key_values": ()}, "past_key_values: not supported"),
+    "no ids": ({"inputs_embeds": IDS}, "inputs_embeds: not supported"),
+}
 
 
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_bad_calls_say_what_is_wrong(call, tokenizer):
-    run, message = BAD_CALLS[call]
+    arguments, message = BAD_CALLS[call]
     with pytest.raises((ValueError, IndexError), match=message):
-        run(make_model("llama", tokenizer))
+        make_model("llama", tokenizer)(**arguments)
+
+
+NO_DECODER = "a critic needs a causal text decoder"
+
+
+def test_bad_arguments_of_the_constructor(tokenizer):
+    def fails(message, config, cls=AutoModel, tokenizer=tokenizer, **options):
+        with pytest.raises(ValueError, match=message):
+            RewardModel(cls.from_config(config), tokenizer, **options)
+
+    llama = tiny_config("llama")
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    longer = longer_by(8, tokenizer)
+    longer.add_special_tokens({"pad_token": "<new>"})
+    fails("the tokenizer has no pad_token_id", llama, tokenizer=bare)
+    fails("PAD.*96.*embedding.*resize_token_embeddings", llama, tokenizer=longer)
+    fails("loss_on is 'mean'", llama, loss_on="mean")
+    fails("has a head: pass its base_model", llama, transformers.AutoModelForCausalLM)
+    fails(NO_DECODER, multimodal_config("llava"))
+    fails(NO_DECODER, tiny_config("gemma3_text", is_causal=False))
+
+
+def test_data_parallel_is_an_error(tokenizer):
+    model = make_model("llama", tokenizer)
+    with pytest.raises(ValueError, match="nn.DataParallel .*: launch one process per device"):
+        model._replicate_for_data_parallel()(IDS)
 
 
 # ---- each token once ----
 
 
 def counted(model):
-    """A list that grows by the tokens of each call of the backbone."""
+    """A list that grows by the number of tokens in each call of the backbone."""
     calls = []
-    note = lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel())
-    model.rwtransformer.register_forward_pre_hook(note, with_kwargs=True)
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda module, args: calls.append(args[0].numel()))
     return calls
 
 
@@ -338,381 +388,278 @@ def counted(model):
 EDGES = [
     ([3, 4, 5], [3, 4, 5]),  # identical
     ([3, 4, 5], [6, 7]),  # nothing in common
-    ([3, 4, 5, 6], [3, 4]),  # one begins the other
-    ([3], [3, 4, 5]),
+    ([3], [3, 4, 5]),  # one begins the other
     ([3, PAD, 4, PAD, 5], [3, PAD, 6]),  # interior PAD
     ([3, 4, PAD, 5], [3, 4, 5]),  # PAD is the only difference
     ([3, 4, PAD, PAD, 5], [3, 4]),  # a prefix that ends in the other's padding
 ]
 
 
+def make_batch(seed):
+    """Edge cases and random trees: with a mask, with a hole after every token, or without a mask;
+    padded on either side, further than a window reaches."""
+    rows = random_rows(seed, B=1 + seed % 3)
+    if seed < 2:
+        rows = [pair[side] for side in (0, 1) for pair in EDGES]
+    ids, mask = pad_rows(rows, "left" if seed % 2 else "right", extra=seed)
+    if seed % 3 == 0:
+        return ids, None
+    if seed % 3 == 1:
+        return ids, mask
+    with_holes = torch.stack([ids, ids + 1], 2), torch.stack([mask, 0 * mask], 2)
+    return [part.flatten(1) for part in with_holes]
+
+
 @pytest.mark.parametrize("loss_on", ["tokens", "end"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_token_is_computed_once_and_equals_plain_rows(name, loss_on, tokenizer):
-    """Edges and random trees against the loop: with a mask, with holes in it, or without; padded on either side,
-    further than a window reaches; PAD at the beginning or not."""
-    model = make_model(name, tokenizer).train()
-    model.loss_on, calls = loss_on, counted(model)
-    tree = name in TREES and model.rwtransformer._supports_attention_backend
-    for seed in range(100 if name in ("opt", "llama", "bloom") else 9):
-        rows = [*zip(*EDGES)] if seed < 2 else [random_rows(seed, B=1 + seed % 3)]
-        side = "left" if seed % 2 else "right"
-        ids, mask = pad_rows([list(row) for part in rows for row in part], side, extra=seed)
-        if seed % 6 == 3:
-            inside = (mask.cumsum(1) > 1) & (mask.flip(1).cumsum(1).flip(1) > 1)
-            mask = mask.masked_fill(inside & (torch.rand(mask.shape) < 0.2), 0)
-            ids = ids.where(mask == 1, 7)  # what stands under padding does not matter
-        bits, n = None if seed % 3 else mask, seed // 3 % 2
-        model.num_padding_at_beginning, model.share_prefix = n, True
+def test_each_token_is_computed_once_and_equals_the_reference(name, loss_on, tokenizer):
+    """However the rows are padded, also beyond the positions that the backbone has."""
+    model = make_model(name, tokenizer, loss_on=loss_on)
+    calls = counted(model)
+    assert model.share_prefix == (name in TREES)
+    for seed in range(24 if name in ("opt", "llama", "bloom") else 9):
+        ids, mask = make_batch(seed)
+        count = seed % 2
+        model.num_padding_at_beginning = count
         calls.clear()
-        model(ids, bits), model.forward_value(ids, bits, return_value_only=True)
-        once = [reference_tokens(ids, bits, reads, n) for reads in (loss_on, None)]
-        assert (calls == once) == tree
-        assert_same_as_reference(model, ids, bits, n)
-        values = model.forward_value(ids, bits, return_value_only=True)
-        model.share_prefix = False
-        same(values, model.forward_value(ids, bits, return_value_only=True), "values")
-        assert calls[-1] == len(ids) * max(
-            len(reference_content(*row, n))
-            for row in zip(ids.tolist(), [None] * len(ids) if bits is None else bits.tolist())
-        )
+        assert_same_as_reference(model, ids, mask, count)
+        found = results(model, ids, mask)
+        if name in TREES:
+            assert calls[0] == reference_tokens(ids, mask, loss_on, count)
+            assert calls[-1] == reference_tokens(ids, mask, None, count)
+        same(found, padded_results(model, ids, mask), "padded")
 
 
-EAGER = {"attention": "eager"}
-OTHERS = [("llama", EAGER), ("opt", EAGER), ("bloom", EAGER)]
+def test_the_tree_is_off_with_eager_attention_or_several_devices(tokenizer):
+    assert not make_model("llama", tokenizer, "eager").share_prefix
+    backbone = make_backbone("llama")
+    backbone.hf_device_map = {"embed_tokens": 0, "layers": 1}  # of device_map="auto"
+    assert not RewardModel(backbone, tokenizer).share_prefix
+    assert backbone.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(("name", "options"), OTHERS)
-def test_eager_attention_runs_padded_batches(name, options, tokenizer):
-    model = make_model(name, tokenizer, **options)
-    calls, rows = counted(model), random_rows(1)
-    ids, mask = pad_rows(rows, "left")
-    model(ids, mask)
-    assert calls == [6 * max(map(len, rows))]
-    if options is EAGER:
-        assert_same_as_reference(model, ids, mask)
+def test_an_actor_may_share_the_backbone(tokenizer):
+    """The constructor switches attention, which is sdpa in calls without a tree."""
+    actor = spread(transformers.AutoModelForCausalLM.from_config(tiny_config("llama"))).eval()
+    expected = actor.generate(IDS, max_new_tokens=5, do_sample=False)
+    assert critic.supports_tree(actor.model)
+    RewardModel(actor.model, tokenizer)
+    assert actor.config._attn_implementation == critic.TREE_ATTENTION
+    assert torch.equal(actor.generate(IDS, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_unknown_options_of_attention_are_errors():
+    query = torch.ones(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="does not know softcap: pass share_prefix=False"):
+        critic.tree_attention(torch.nn.Module(), query, query, query, None, "a tree", softcap=1.0)
+
+
+def test_cudnn_attention_is_off_in_the_backbone_only(tokenizer):
+    """It gives NaN gradients on Hopper (pytorch#196678); the import leaves it on."""
+    model = make_model("llama", tokenizer)
+    found = []
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    model.rwtransformer.register_forward_pre_hook(lambda *_: found.append(enabled()))
+    model(IDS)
+    assert [*found, enabled()] == [False, True]
 
 
 @pytest.mark.parametrize("fp32", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, fp32, tokenizer):
-    ids, mask = pad_rows([list(range(3, 60)) + row for row in random_rows(6, pads=False)], "left")
-    exact, model = make_model("llama", tokenizer), make_model("llama", tokenizer, fp32=fp32)
+    model = make_model("llama", tokenizer, fp32=fp32)
+    batch = pad_rows(random_rows(6), "left")
+    expected = model(*batch)["loss"].item()
     for parameter in model.parameters():  # not the buffers, as `from_pretrained` does
         parameter.data = parameter.data.to(dtype)
-    for model.share_prefix, bits in itertools.product((True, False), (mask, None)):
-        output = model(ids, bits)
-        assert output["loss"].item() == pytest.approx(exact(ids, bits)["loss"].item(), rel=0.01)
-        assert {value.dtype for value in output.values()} == {torch.float32 if fp32 else dtype}
-        assert all(value.isfinite().all() for value in gradients(model, output["loss"]).values())
-    ids, mask = pad_rows(random_rows(6), extra=0)
-    hidden = model.rwtransformer(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-    scores = (hidden.double() @ model.v_head.weight.double().T)[range(6), mask.sum(1) - 1, 0]
-    found = model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"]
-    assert ((found.double() - scores).abs().max() < 1e-5) == fp32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert make_model("llama", tokenizer, fp32=True)(ids, mask)["loss"].dtype == torch.float32
+    for compute in (results, padded_results):
+        found = compute(model, *batch)
+        assert found["loss"].item() == pytest.approx(expected, rel=0.01)
+        assert found["loss"].dtype == (torch.float32 if fp32 else dtype)
+        assert torch.equal(found["values"], found["values"].to(dtype).float()) != fp32
+        assert all(value.isfinite().all() for value in found.values())
 
 
-def test_gradient_checkpointing_changes_no_gradient(tokenizer, monkeypatch):
+def test_a_long_tail_in_fp16_does_not_overflow():
+    rewards = torch.tensor([[0], [12]], dtype=torch.float16).expand(2, 6000)  # they sum to 72,000
+    length = torch.tensor([6000, 6000])
+    assert critic.ranking_loss(rewards, length, torch.tensor([0]), "tokens")[0] == 12
+
+
+@pytest.mark.parametrize("kind", [None, {"use_reentrant": False}])
+def test_gradient_checkpointing_changes_no_gradient(kind, tokenizer):
     model = make_model("llama", tokenizer).train()
-    model.rwtransformer.get_input_embeddings().requires_grad_(False)  # the reentrant kind would lose all
-    calls, found, masks_for = [], [], critic.PrefixTree.masks_for
-    count = lambda *args: calls.append(1) or masks_for(*args)
-    monkeypatch.setattr(critic.PrefixTree, "masks_for", count)
-    standard = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    for switch in (
-        model.gradient_checkpointing_enable,
-        functools.partial(model.gradient_checkpointing_enable, **standard),
-        model.gradient_checkpointing_disable,
-    ):
-        switch()
-        found.append(gradients(model, model(*pad_rows(random_rows(6)))["loss"]))
-    assert len(calls) == 2 * (2 * 2) + 2  # of two layers, the first two times forward and backward
-    for name, value in found[2].items():
-        same(found[0][name], value, name)
-        same(found[1][name], value, name)
+    embeddings = model.get_input_embeddings()
+    embeddings.requires_grad_(False)  # the reentrant kind would lose all gradients
+    batch = pad_rows(random_rows(6))
+    expected = results(model, *batch)
+    model.gradient_checkpointing_enable(kind)
+    assert model.rwtransformer.layers[0].gradient_checkpointing
+    same(results(model, *batch), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_dropout_runs_and_an_identical_pair_has_no_gradient(name, tokenizer):
-    model = make_model(name, tokenizer, dropout=0.5).train()
-    ids, mask = pad_rows(random_rows(1))
-    assert model(ids, mask)["loss"] != model(ids, mask)["loss"]
-    for model.loss_on, model.share_prefix in itertools.product(("tokens", "end"), (True, False)):
-        output = model(torch.tensor([[3, 4, 5], [3, 4, 5]]))
-        assert output["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
-        assert not any(value.any() for value in gradients(model, output["loss"]).values())
+# ---- blocks of attention ----
 
 
-STEPS = {
-    f"a step of {n}": functools.partial(lambda n, q, k, _: -(-torch.stack([q, k], 1) // n), n)
-    for n in (1, 16, 64)
-}
-STEPS["one block"] = lambda q, k, _: torch.zeros_like(q)
-ON_A_GPU = functools.partial(lambda rule, q, k, _: rule(q, k, torch.device("meta")), critic.block_labels)
-STEPS["a GPU's two blocks"] = lambda q, k, _: ON_A_GPU(64 * q, 64 * k, _)
+def set_blocks(monkeypatch, causal_from, on_cpu):
+    """Causal blocks for rows of `causal_from` tokens and more; a CPU's or an accelerator's."""
+    make_blocks = critic.make_blocks
+
+    def make_such_blocks(*args):
+        return make_blocks(*args[:-1], on_cpu)
+
+    monkeypatch.setattr(critic, "CAUSAL_FROM", causal_from)
+    monkeypatch.setattr(critic, "make_blocks", make_such_blocks)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("causal_from", [0, 8, 20])
 @pytest.mark.parametrize("name", TREES)
-def test_blocks_of_any_step_equal_the_padded_batch(name, step, tokenizer, monkeypatch):
-    """In value and every gradient, with windows, and through the code path of dropout (of probability 1e-9)."""
-    monkeypatch.setattr(critic, "block_labels", STEPS[step])
-    for seed, loss_on in itertools.product(range(3), ("tokens", "end")):
-        model = make_model(name, tokenizer, dropout=1e-9 * (seed == 1)).train()
-        ids, mask = pad_rows(random_rows(100 + seed, B=4), ("left", "right")[seed % 2])
-        found, model.loss_on = [], loss_on
-        for model.share_prefix in (True, False):
-            output = model(ids, mask if seed else None)
-            values = model.forward_value(ids, mask if seed else None, return_value_only=True)
-            found.append({**output, "values": values, **gradients(model, output["loss"])})
-        for key, value in found[1].items():
-            same(found[0][key], value, key)
+def test_any_blocks_equal_the_padded_batch(name, causal_from, on_cpu, tokenizer, monkeypatch):
+    """In value and every gradient; without a mask, through the code of dropout (of probability
+    1e-9), and on another default device."""
+    set_blocks(monkeypatch, causal_from, on_cpu)
+    for seed, loss_on in itertools.product((0, 1), ("tokens", "end")):
+        model = make_model(name, tokenizer, dropout=1e-9 * seed, loss_on=loss_on).train()
+        ids, mask = pad_rows(random_rows(100 + seed, B=4), "left")
+        bits = mask if seed else None
+        with torch.device("meta" if name == "llama" else "cpu"):
+            found = results(model, ids, bits)
+        same(found, padded_results(model, ids, bits))
 
 
-def test_nothing_is_read_back_from_the_device(tokenizer, monkeypatch):
-    """On the meta device every read (item, tolist, nonzero, an index by mask) is an error. Ids that lie there are
-    read once, mask included."""
-    model, host, calls = make_model("opt", tokenizer).to("meta").train(), pad_rows(random_rows(2)), []
-    device = tuple(tensor.to("meta") for tensor in host)
-    to_host = lambda self: calls.append(1) or next((h for h, d in zip(host, device) if d is self), self)
-    monkeypatch.setattr(torch.Tensor, "cpu", to_host)
-    for batch, model.loss_on in itertools.product((host, device), ("tokens", "end")):
-        calls.clear()
-        loss = model(*batch)["loss"]
-        loss.backward()
-        assert loss.device.type == "meta" and len(calls) == 2
-        assert model.forward_value(*batch, prompt_length=2)["chosen_end_scores"].device.type == "meta"
+def test_causal_blocks_pass_no_mask(monkeypatch):
+    """But in layers with a window. Hidden padding of a causal row is a row of a masked block."""
+    monkeypatch.setattr(critic, "CAUSAL_FROM", 8)
+    ids, mask = pad_rows([[3] * 9, [4] * 7], extra=0)
+    tree = critic.PrefixTree(ids, mask == 1, torch.tensor([9, 9]), torch.Tensor.cpu)
+    assert sorted(block.is_causal for block in tree.blocks) == [False, True]
+    full, windowed = (tree.masks(window, 1, torch.float32) for window in (None, 8))
+    for block, *masks in zip(tree.blocks, full, windowed):
+        assert [mask is None for mask in masks] == [block.is_causal, False]
 
 
-class Operations(TorchDispatchMode):
-    """Counts what is dispatched."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-def operations_per_layer(build, batch, share):
-    """What one layer more dispatches, forward and backward, with the blocks of an accelerator."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(critic, "block_labels", ON_A_GPU)
-        counts = []
-        for layers in (1, 2):
-            model, passes = build(layers).train(), (Operations(), Operations())
-            model.share_prefix = share
-            with passes[0]:
-                loss = model(*batch)["loss"]
-            with passes[1]:
-                loss.backward()
-            counts.append([each.count for each in passes])
-    return [two - one for one, two in zip(*counts)]
+def operations_per_layer(name, tokenizer, pairs, share_prefix=True):
+    """What a second layer dispatches, forward and backward."""
+    batch = pad_rows(random_rows(0, B=pairs, longest=120))
+    counts = []
+    for layers in (1, 2):
+        model = make_model(name, tokenizer, num_hidden_layers=layers)
+        model.share_prefix = share_prefix
+        with profile(use_cpu=True) as profiled:
+            model(*batch)["loss"].backward()
+        counts.append(len(profiled.function_events))
+    return counts[1] - counts[0]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_operations_do_not_grow_with_the_pairs(name, tokenizer):
-    """Prompts of 60 tokens, responses of 10 to 100: one block for 8 pairs, two for any large number."""
-    build = lambda n: make_model(
-        name, tokenizer, **({"n_layer": n} if name == "gpt2" else {"num_hidden_layers": n})
-    )
-    found = {}
-    rng = random.Random(0)
-    ids = lambda n: [rng.randrange(2, 80) for _ in range(n)]
-    for pairs, share in ((8, True), (48, True), (192, True), (8, False)):
-        rows = [
-            prompt + [side] + ids(rng.randint(9, 99))
-            for side in (81, 82)
-            for prompt in map(ids, [60] * pairs)
-        ]
-        found[pairs, share] = operations_per_layer(build, pad_rows(rows), share)
-    for one_block, many, more, padded in zip(*found.values()):
-        assert padded < one_block < many == more < 2 * padded
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_operations_per_layer_do_not_grow_with_the_pairs(name, tokenizer, monkeypatch):
+    """With an accelerator's blocks: from some number of pairs on, their number is constant."""
+    set_blocks(monkeypatch, critic.CAUSAL_FROM, False)
+    few, many, more = (operations_per_layer(name, tokenizer, pairs) for pairs in (8, 96, 192))
+    padded = operations_per_layer(name, tokenizer, 8, share_prefix=False)
+    assert padded < few <= many == more < 2 * padded
 
 
-def test_compiling_ends_after_two_batches(tokenizer):
-    """The second brings dynamic shapes; from then on nothing recompiles, whatever the lengths."""
-    from torch._dynamo.utils import counters
-
-    model, graphs = make_model("llama", tokenizer), []
-    compiled = torch.compile(model, backend="eager")
-    for seed in range(4):
-        ids, mask = pad_rows(random_rows(seed, B=4), extra=0)
-        same(compiled(ids, mask)["loss"], model(ids, mask)["loss"])
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] < graphs[1] == graphs[3]
+@pytest.mark.parametrize("causal_from", [0, 512])
+@pytest.mark.parametrize("loss_on", ["tokens", "end"])
+def test_nothing_is_read_back_from_the_device(loss_on, causal_from, tokenizer, monkeypatch):
+    """On the meta device every read (item, tolist, nonzero, an index by mask) is an error. Ids and
+    mask are the only tensors that are copied to the CPU."""
+    monkeypatch.setattr(critic, "CAUSAL_FROM", causal_from)
+    model = make_model("opt", tokenizer, loss_on=loss_on).to("meta")
+    host = pad_rows(random_rows(2))
+    device = [tensor.to("meta") for tensor in host]
+    on_host = {id(copy): tensor for copy, tensor in zip(device, host)}
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: on_host.get(id(tensor), tensor))
+    for batch in (host, device):
+        found = results(model, *batch)
+        assert {value.device.type for value in found.values()} == {"meta"}
 
 
 # ---- every family of the installed transformers ----
 
-EVERY = sorted({config.model_type for config in transformers.MODEL_FOR_CAUSAL_LM_MAPPING})
-OUTCOMES = {}
-# Padded rows are not rows: attention picks the top few of all keys, or a layer needs its own arguments.
-NO_DECODER = {"trocr", "prophetnet"}
-# Its class for sequences has another head, or its keys fit no common scheme: an error that says which.
-NO_HEAD = {"blt", "ctrl", "modernbert-decoder", "xlnet"}
-NOT_EQUAL = {"axk2", "deepseek_v32", "cpmant", "zamba2", "xmod", "longcat_flash"}
+# A padded batch differs from its rows: attention picks the top few of all keys, or a layer needs
+# arguments of its own. Or the class for sequences has another head.
+OTHERS = {"axk2", "cpmant", "deepseek_v32", "glm_moe_dsa", "longcat_flash", "xmod", "zamba2"}
+OTHERS |= {"blt", "ctrl", "modernbert-decoder"}
+EVERY = {config.model_type for config in transformers.MODEL_FOR_CAUSAL_LM_MAPPING} - OTHERS
 
 
-def close(a, b, what):
-    """Equal to 2e-5 of the larger of 1 and the reference."""
-    torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5, msg=lambda text: f"{what}: {text}")
-
-
-@pytest.mark.parametrize("family", EVERY)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_family_from_a_saved_language_model(family, tokenizer, tmp_path):
-    """Create, a gradient, save and load, equal to the language model's last hidden state; the tree to the padded
-    batch, in value and gradient."""
-    OUTCOMES[family] = "not built"
+def tiny_language_model(family):
+    """None where the config does not shrink by the names of its attributes."""
     try:
         config = tiny_config(family)
         with torch.device("meta"):
-            size = sum(
-                parameter.numel()
-                for parameter in transformers.AutoModelForCausalLM.from_config(config).parameters()
-            )
-        assert size < 5e6
+            assert transformers.AutoModelForCausalLM.from_config(config).num_parameters() < 5e6
         torch.manual_seed(0)
-        language = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    except Exception:  # not every config shrinks by the names of its attributes
-        return
-    if type(language.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return
-    language.config.use_cache = False
-    with torch.no_grad():
-        for parameter in language.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    language.save_pretrained(tmp_path / "base")
-    encoders = transformers.MODEL_FOR_MASKED_LM_MAPPING, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    if family in NO_DECODER or any(type(language.config) in mapping for mapping in encoders):
-        with pytest.raises(ValueError, match="a critic needs a causal text decoder"):
-            create_critic_model(str(tmp_path / "base"), tokenizer, None)
-        OUTCOMES[family] = "no critic"
-        return
-    if family in NO_HEAD:
-        with pytest.raises(ValueError, match="do not match the model: missing|cannot be read"):
-            create_critic_model(str(tmp_path / "base"), tokenizer, None)
-        OUTCOMES[family] = "error"
-        return
-    OUTCOMES[family] = "fails"
-    if family in NOT_EQUAL:
-        return
-    model = create_critic_model(str(tmp_path / "base"), tokenizer, None).eval()
-    with torch.no_grad():
-        model.v_head.weight.normal_(std=0.1)
-    rows = [*random_rows(1, B=2, pads=False)]
-    for side in ("left", "right"):
-        ids, mask = pad_rows(rows, side)
-        values = model.forward_value(ids, mask, return_value_only=True)
-        for row, found, bits in zip(rows, values, mask):
-            with torch.no_grad():
-                hidden = language(torch.tensor([row]), output_hidden_states=True).hidden_states[-1]
-                if hidden.dim() > 3:  # Gemma 3n has four of them
-                    hidden = language.base_model(torch.tensor([row]))[0]
-                close(found[bits == 1], model.v_head(hidden)[0, :, 0], side)
-    loss = model(ids, mask)["loss"]
-    first, uses_tree = gradients(model, loss), model.config._attn_implementation == critic.TREE_ATTENTION
-    assert all(value.isfinite().all() for value in first.values()) and first["v_head.weight"].any()
-    if uses_tree:
-        model.share_prefix = False
-        close(loss, model(ids, mask)["loss"], "the tree's loss")
-        for name, value in gradients(model, model(ids, mask)["loss"]).items():
-            close(first[name], value, name)
-    OUTCOMES[family] = "cannot be saved"
-    save_critic_model(model, tokenizer, tmp_path / "critic")
-    loaded = read_critic(tmp_path / "critic", tokenizer)
-    close(end_scores(loaded, ids, mask), end_scores(model, ids, mask), "loaded")
-    OUTCOMES[family] = "tree" if uses_tree else "padded"
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        assert type(model.config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    except Exception:  # noqa: BLE001
+        return None
+    model.config.use_cache = False
+    return spread(model).eval()
 
 
-def test_every_family_counts(capsys):
-    """Of what ran before it in this session: all of them, unless tests were selected."""
-    if len(OUTCOMES) < len(EVERY):
+@pytest.mark.parametrize("family", sorted(EVERY))
+def test_every_family(family, tokenizer, tmp_path):
+    """From a saved language model: its last hidden state, the tree, saving and loading."""
+    language = tiny_language_model(family)
+    if language is None:
+        assert family not in critic.TREE_FAMILIES
         return
-    groups = {
-        kind: sorted(f for f in OUTCOMES if OUTCOMES[f] == kind) for kind in sorted(set(OUTCOMES.values()))
-    }
-    with capsys.disabled():
-        print(
-            f"\n{transformers.__version__}:",
-            *(f"{len(names)} {kind}" for kind, names in groups.items()),
-            sep=" ",
-        )
-    assert len(groups["tree"]) >= 70 and len(groups["padded"]) >= 25
-    assert set(groups.get("fails", [])) <= NOT_EQUAL and "cannot be saved" not in groups
+    language.save_pretrained(tmp_path)
+    config_class = type(language.config)
+    is_encoder = config_class in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    is_encoder |= config_class in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    if is_encoder or family in ("trocr", "prophetnet", "xlnet"):
+        with pytest.raises(ValueError, match=NO_DECODER):
+            create_critic_model(str(tmp_path), tokenizer)
+        return
+    model = create_critic_model(str(tmp_path), tokenizer).eval()
+    assert model.share_prefix == (model.config.model_type in critic.TREE_FAMILIES)
+    torch.nn.init.normal_(model.v_head.weight, std=0.1)
+    rows = random_rows(1, B=2, pads=False)
+    batch = pad_rows(rows, "left")
+    found = results(model, *batch)
+    for row, values in zip(rows, found["values"]):
+        hidden = getattr(language, "model", language.base_model)(torch.tensor([row]))[0]
+        expected = model.v_head(hidden)[0, :, 0]
+        same(values[-len(row) :], expected, "values", rtol=2e-5)
+    same(found, padded_results(model, *batch), "padded", rtol=2e-5)
+    assert_saved(model, tokenizer, tmp_path)
+
+
+def assert_saved(model, tokenizer, folder):
+    """create_critic_model, and transformers' own class if there is one, give the same scores."""
+    save_critic_model(model, tokenizer, folder)
+    batch = pad_rows(random_rows(1, pads=False))
+    scores = end_scores(model, *batch)
+    same(end_scores(read_critic(folder), *batch), scores, "loaded", rtol=2e-5)
+    if type(model.config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        hf_model = AutoModelForSequenceClassification.from_pretrained(folder)
+        logits = hf_model(batch[0], attention_mask=batch[1]).logits
+        same(logits[:, 0], scores, "transformers", rtol=2e-5)
 
 
 # ---- chapter 1 alone ----
 
-HANDOVER = """        if self.share_prefix and use_tree(self.rwtransformer):
-            return tree_rewards(self, ids, is_key, needed)
-"""
-
 
 def test_chapter_1_is_a_complete_reward_model(tokenizer, tmp_path):
-    """Without chapter 2 and the statement that hands over: step 2, then step 3, and OPT's BOS that is PAD."""
-    chapter, mark, rest = Path(critic.__file__).read_text().partition("# ---- Chapter 2")
-    assert mark and chapter.count(HANDOVER) == 1
-    (tmp_path / "chapter_1.py").write_text(chapter.replace(HANDOVER, ""))
+    """Without chapter 2 and the lines that hand over to it: step 2, then step 3."""
+    chapter, mark, _ = Path(critic.__file__).read_text().partition("# ---- Chapter 2")
+    assert mark
+    lines = [line for line in chapter.splitlines() if not line.endswith("# chapter 2")]
+    (tmp_path / "chapter_1.py").write_text("\n".join(lines))
     spec = importlib.util.spec_from_file_location("chapter_1", tmp_path / "chapter_1.py")
     alone = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(alone)
-    base, (ids, mask) = write_base(tmp_path / "base", "opt", tokenizer), pad_rows(random_rows(4))
-    model = alone.create_critic_model(base, tokenizer, None, num_padding_at_beginning=1).eval()
-    model(ids, mask)["loss"].backward()
-    assert not hasattr(alone, "PrefixTree") and model.v_head.weight.grad.any()
-    alone.save_critic_model(model, tokenizer, tmp_path / "critic")
-    step3 = alone.create_critic_model(str(tmp_path / "critic"), tokenizer, None, 1, rlhf_training=True).eval()
-    full = read_critic(tmp_path / "critic", tokenizer)
-    full.num_padding_at_beginning = 1
+    base = write_base(tmp_path, "opt", tokenizer)
+    alone.save_critic_model(alone.create_critic_model(base, tokenizer), tokenizer, base)
+    step3 = alone.create_critic_model(base, tokenizer, rlhf_training=True)
+    ids, mask = pad_rows(random_rows(4))
     for bits in (mask, None):
-        for found, expected in zip(step3(ids, bits).values(), full(ids, bits).values()):
-            same(found, expected)
-        same(step3.forward_value(ids, bits, prompt_length=2)["values"], full.forward_value(ids, bits, True))
-    rows = torch.tensor([[PAD, 5, 6, 7, PAD, PAD], [PAD, 5, 8, PAD, PAD, PAD]])
-    assert [alone.align(rows, None, PAD, n)[3].tolist() for n in (0, 1)] == [[3, 2], [4, 3]]
-
-
-# ---- the content of a row, and the loss ----
-
-LONG = [[5] * 10 + list(range(6, 46)), [5] * 10 + [50]]
-WRITTEN = {name: (name, {}, random_rows(11)) for name in PLAIN} | {
-    "gpt2, 50 positions": ("gpt2", {"n_positions": 50}, LONG),
-    "dynamic rope": ("llama-dynamic", {}, LONG),
-    "a window shorter than the answer": ("mistral-window", {}, LONG),
-}
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("case", WRITTEN)
-def test_padding_is_only_a_way_to_write_a_row(case, masked, tokenizer):
-    """Left, right, none, and beyond what the backbone can take."""
-    name, overrides, rows = WRITTEN[case]
-    model, results = make_model(name, tokenizer, **overrides).eval(), []
-    for side, extra in (("right", 0), ("left", 0), ("right", 9), ("left", 40)):
-        ids, mask = pad_rows(rows, side, extra)
-        values = model.forward_value(ids, mask if masked else None, prompt_length=2)
-        assert not values["values"][mask == 0].any()  # 0 at padding
-        ends, content = values["chosen_end_scores"], values["values"][mask == 1]
-        results.append([*model(ids, mask if masked else None).values(), ends, content])
-    if masked:  # the same with holes, as between a prompt that is padded right and its response
-        at = torch.arange(ids.size(1)).repeat_interleave(torch.tensor([1, 2] * ids.size(1))[: ids.size(1)])
-        hole = at.diff(prepend=at[:1] - 1) == 0
-        ids, mask = ids[:, at].masked_fill(hole, 7), mask[:, at].masked_fill(hole, 0)
-        values = model.forward_value(ids, mask, prompt_length=2)
-        ends, content = values["chosen_end_scores"], values["values"][mask == 1]
-        results.append([*model(ids, mask).values(), ends, content])
-    for a, b in itertools.product(results[:1], results[1:]):
-        assert all(same(x, y) is None for x, y in zip(a, b, strict=True))
-
-
-def test_a_long_tail_in_fp16_does_not_overflow():
-    rewards = torch.tensor([[0], [12]], dtype=torch.float16).expand(2, 6000)  # the sum passes 65,504
-    length, divergence = torch.tensor([6000, 6000]), torch.tensor([0])
-    assert critic.ranking_loss(rewards, length, divergence, "tokens")[0] == 12
+        same(results(step3, ids, bits), results(read_critic(base), ids, bits))
 
 
 # ---- checkpoints ----
@@ -724,9 +671,11 @@ def write_base(folder, name, tokenizer, **overrides):
     return str(folder)
 
 
-def write_deepspeed_chat(folder, model, spelling="rwtransformer"):
+def write_deepspeed_chat(folder, model, spelling="rwtransformer", head="v_head"):
     folder.mkdir(parents=True)
-    state = {key.replace("rwtransformer", spelling): value for key, value in model.state_dict().items()}
+    state = {}
+    for key, value in model.state_dict().items():
+        state[key.replace("rwtransformer", spelling).replace("v_head", head)] = value
     torch.save(state, folder / "pytorch_model.bin")
     model.config.save_pretrained(folder)
     return str(folder)
@@ -742,58 +691,7 @@ def end_scores(model, ids, mask):
 
 
 def assert_same_weights(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama-dynamic"])
-@pytest.mark.filterwarnings("ignore:transformers has no .*ForSequence")
-def test_round_trip_and_transformers_own_class(name, tokenizer, tmp_path):
-    model, output = make_model(name, tokenizer).eval(), tmp_path / "critic"
-    save_critic_model(model, tokenizer, output)
-    with pytest.warns(UserWarning, match="is reinitialised"):
-        create_critic_model(str(output), tokenizer, None)
-    loaded = read_critic(output)
-    assert_same_weights(loaded, model)
-    ids, mask = pad_rows(random_rows(12))
-    scores = end_scores(model, ids, mask)
-    same(end_scores(loaded, ids, mask), scores)
-    config = (output / "config.json").read_text()
-    assert f'"pad_token_id": {PAD}' in config and 'dtype": "float32"' in config
-    assert "ForSequenceClassification" in config and critic.TREE_ATTENTION not in config
-    if type(model.config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        with pytest.warns(UserWarning, match="transformers has no .*ForSequence"):
-            save_critic_model(model, tokenizer, output)
-        return
-    theirs, info = AutoModelForSequenceClassification.from_pretrained(output, output_loading_info=True)
-    assert theirs.config.num_labels == 1 and not any(info.values())
-    same(theirs.eval()(input_ids=ids, attention_mask=mask).logits[:, 0], scores, "their logits")
-
-
-FORMS = ["rwtransformer", "rwtranrsformer", "transformers", "sharded", ".bin", "openrlhf"]
-
-
-@pytest.mark.parametrize("name", ["opt", "llama", "bloom", "gpt2"])
-@pytest.mark.parametrize("form", FORMS)
-def test_reward_checkpoints_of_others(form, name, tokenizer, tmp_path):
-    model, folder = make_model(name, tokenizer).eval(), tmp_path / "reward"
-    if form.startswith("rwtra"):  # DeepSpeed-Chat's spelling, and its older one
-        write_deepspeed_chat(folder, model, form)
-    else:
-        config = make_config(name, num_labels=1, pad_token_id=PAD)
-        theirs = AutoModelForSequenceClassification.from_config(config)
-        theirs.base_model.load_state_dict(model.rwtransformer.state_dict())
-        theirs.score.load_state_dict(model.v_head.state_dict())
-        theirs.save_pretrained(folder, max_shard_size="20KB" if form == "sharded" else "5GB")
-        assert (len(list(folder.glob("*.safetensors"))) > 1) == (form == "sharded")
-        head = "value_head" if form == "openrlhf" else "score"
-        if form == "openrlhf":  # it writes no number of labels (OpenRLHF #1039)
-            make_config(name, pad_token_id=PAD, value_head_prefix=head).save_pretrained(folder)
-        if form in ("openrlhf", ".bin"):
-            (folder / "model.safetensors").unlink()
-            state = {key.replace("score.", f"{head}."): value for key, value in theirs.state_dict().items()}
-            torch.save(state, folder / "pytorch_model.bin")
-    assert_same_weights(read_critic(folder, tokenizer), model)
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), atol=0, rtol=0)
 
 
 def damage(folder, change):
@@ -803,14 +701,47 @@ def damage(folder, change):
     return folder
 
 
-OLD_BUFFERS = {"gptj": "h.0.attn.bias", "gpt2": "h.1.attn.masked_bias", "gpt_neo": "h.0.attn.attention.bias"}
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("name", OLD_BUFFERS)
-def test_buffers_that_transformers_once_saved_are_passed_over(name, tokenizer, tmp_path):
+def cut(path, data=None):
+    """Replace a file by its beginning, or by `data`; its folder."""
+    path.write_bytes(path.read_bytes()[:-1000] if data is None else data)
+    return str(path.parent)
+
+
+def test_a_saved_critic_and_training_it_further(tokenizer, tmp_path):
+    model = make_model("llama", tokenizer)
+    save_critic_model(model, tokenizer, tmp_path)
+    assert critic.TREE_ATTENTION not in (tmp_path / "config.json").read_text()
+    score = transformers.pipeline("text-classification", str(tmp_path))("w3 w4")[0]["score"]
+    ids = torch.tensor(tokenizer(["w3 w4"])["input_ids"])
+    assert score == pytest.approx(end_scores(model, ids, None).item(), abs=1e-5)
+    with pytest.warns(UserWarning, match="has a value head, which is trained further"):
+        further = create_critic_model(str(tmp_path), tokenizer, loss_on="end", share_prefix=False)
+    assert_same_weights(further, model)
+    assert (further.loss_on, further.share_prefix) == ("end", False)
+
+
+# (prefix of the decoder's keys, None for transformers' own; head): transformers, OpenRLHF, OpenRLHF
+# with a name in its config, UltraRM, Beaver; DeepSpeed-Chat, its older spelling, InternLM2.
+HEADS = ("score", "value_head", "my_head", "regression_head", "score_head")
+FORMS = [(None, head) for head in HEADS]
+FORMS += [("rwtransformer", "v_head"), ("rwtranrsformer", "v_head"), (None, "v_head")]
+# Masks that old versions of transformers saved.
+OLD_BUFFERS = {"gptj": "bias", "gpt2": "masked_bias", "gpt_neo": "attention.bias"}
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom", *OLD_BUFFERS])
+@pytest.mark.parametrize(("prefix", "head"), FORMS)
+def test_reward_checkpoints_of_others(prefix, head, name, tokenizer, tmp_path):
     model = make_model(name, tokenizer)
-    folder = write_deepspeed_chat(tmp_path / "reward", model)
-    damage(folder, lambda s: s.update({f"rwtransformer.{OLD_BUFFERS[name]}": torch.ones(1, 1, 256, 256)}))
+    prefix = prefix or model.rwtransformer.base_model_prefix
+    folder = write_deepspeed_chat(tmp_path / "reward", model, prefix, head)
+    edit(Path(folder, "config.json"), value_head_prefix=head)
+    if name in OLD_BUFFERS:
+        with_key(f"{prefix}.h.0.attn.{OLD_BUFFERS[name]}", 1, 1, 256, 256)(folder)
     assert_same_weights(read_critic(folder, tokenizer), model)
 
 
@@ -821,343 +752,237 @@ class Payload:
         return os.mkdir, ("ran",)
 
 
-def cut(path, data=None):
-    """Replace a file by its beginning, or by `data`; its folder."""
-    path.write_bytes(path.read_bytes()[:5000] if data is None else data)
-    return str(path.parent)
+def without(key):
+    return lambda folder: damage(folder, lambda state: state.pop(key))
+
+
+def with_key(key, *shape):
+    return lambda folder: damage(folder, lambda state: state.update({key: torch.ones(shape)}))
+
+
+def with_config(**changes):
+    return lambda folder: edit(Path(folder, "config.json"), **changes)
+
+
+def with_weights(data=None):
+    return lambda folder: cut(Path(folder, "pytorch_model.bin"), data)
 
 
 NORM = "rwtransformer.norm.weight"
-# name: (what is done to a reward checkpoint and a base model, and which is loaded; what the message holds)
+FIX = "a critic's head is score.weight, one row and no bias"
+# name: (what is done to a reward checkpoint, message)
 BAD_CHECKPOINTS = {
-    "a missing key": (lambda f, b: damage(f, lambda s: s.pop(NORM)), r"missing model\.norm\.weight"),
-    "an unexpected key": (lambda f, b: damage(f, lambda s: s.update({"rwtransformer.extra": torch.ones(1)})), r"unexpected .*extra"),
-    "a key beside the model": (lambda f, b: damage(f, lambda s: s.update({"extra": torch.ones(1)})), r"unexpected .*extra"),
-    "a mis-shaped key": (lambda f, b: damage(f, lambda s: s.update({NORM: torch.ones(3)})), r"mismatched .*model\.norm\.weight"),
-    "two labels": (lambda f, b: damage(f, lambda s: s.update({"v_head.weight": torch.ones(2, 32)})), r"mismatched .*score\.weight"),
-    "no head": (lambda f, b: damage(f, lambda s: s.pop("v_head.weight")), "missing score.weight.*rlhf_training=False"),
-    "a base model": (lambda f, b: b, "missing score.weight.*rlhf_training=False"),
-    "a base model without a key": (lambda f, b: damage(f, lambda s: (s.pop("v_head.weight"), s.pop(NORM))), r"missing model\.norm\.weight"),
-    "no weights": (lambda f, b: (Path(f, "pytorch_model.bin").unlink(), f)[1], "model.safetensors"),
-    "a pickle with code": (lambda f, b: cut(Path(f, "pytorch_model.bin"), pickle.dumps(Payload())), "reward cannot be read"),
-    "a truncated .bin": (lambda f, b: cut(Path(f, "pytorch_model.bin")), "reward cannot be read"),
-    "a truncated .safetensors": (lambda f, b: cut(Path(b, "model.safetensors")), "base cannot be read"),
-}  # fmt: skip
+    "a missing key": (without(NORM), r"reward do not match .*: missing model\.norm\.weight"),
+    "an unexpected key": (with_key("extra", 1), r"unexpected .*extra"),
+    "a mis-shaped key": (with_key(NORM, 3), r"mismatched .*model\.norm\.weight"),
+    "fewer tokens in the config": (with_config(vocab_size=90), "mismatched .*embed_tokens.weight"),
+    "two labels": (with_key("v_head.weight", 2, 32), rf"mismatched .*score\.weight.*; {FIX}"),
+    "a head with a bias": (with_key("v_head.bias", 1), f"unexpected score.bias; {FIX}"),
+    "a pickle with code": (with_weights(pickle.dumps(Payload())), "reward cannot be read"),
+    "a truncated file": (with_weights(), "reward cannot be read, download them again"),
+}
 
 
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
-def test_bad_checkpoints_are_refused(case, tokenizer, tmp_path, monkeypatch):
+def test_bad_checkpoints_are_errors(case, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
-    base = write_base(tmp_path / "base", "llama", tokenizer)
     spoil, message = BAD_CHECKPOINTS[case]
-    path, trained = str(spoil(folder, base)), "without a key" not in case
-    with pytest.raises(ValueError, match=message):
-        create_critic_model(path, tokenizer, None, rlhf_training=trained)
+    spoil(folder)
+    for needs_head in (True, False):
+        if needs_head or not re.search("head|label|unexpected", case):
+            with pytest.raises(ValueError, match=message):
+                create_critic_model(folder, tokenizer, rlhf_training=needs_head)
     assert not Path("ran").exists()
 
 
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def with_bf16(value):
+    return {"ds_config": {"bf16": {"enabled": value}}}
 
 
-def write_other(folder, model_type, **sizes):
-    AutoModel.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(folder)
-    return str(folder)
+STAGE_3 = {"zero_optimization": {"stage": 3}}
+# name: (arguments of create_critic_model, message)
+BAD_ARGUMENTS = {
+    "a base model": ({"rlhf_training": True}, f"missing score.weight; {FIX}; a base model must"),
+    "all dropped": ({"dropout": 1.0}, "dropout is 1.0: it must be"),
+    "another stage": ({"zero_stage": 3}, "zero_stage is 3, but ds_config has stage 0"),
+    "auto": (with_bf16("auto"), 'bf16 in ds_config has "enabled": "auto": write true'),
+    "no launcher": ({"ds_config": STAGE_3}, "ZeRO stage 3, .*: launch with deepspeed"),
+}
 
 
-def test_bad_arguments_of_create(tokenizer, tmp_path):
-    base = write_base(tmp_path / "base", "llama", tokenizer)
-    bare, longer = copy.deepcopy(tokenizer), longer_by(20, tokenizer)
-    bare.pad_token = None
-    reward = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
-    t5 = write_other(tmp_path / "t5", "t5", vocab_size=96, d_model=32, num_layers=1)
-    vit = write_other(tmp_path / "vit", "vit", hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    bert, both_ways = (
-        write_other(
-            tmp_path / "bert",
-            "bert",
-            vocab_size=VOCAB,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        ),
-        tmp_path / "open",
-    )
-    edit(Path(write_base(both_ways, "llama", tokenizer), "config.json"), is_causal=False)
-    for path, which, options, message in [
-        (base, tokenizer, {"dropout": 1.0}, "dropout is 1.0"),
-        (base, tokenizer, {"dropout": -0.1}, "dropout is -0.1"),
-        (base, tokenizer, {"zero_stage": 3}, "zero_stage is 3"),
-        (base, bare, {}, "pad_token_id"),
-        (reward, longer, {"rlhf_training": True}, "the tokenizer has more tokens than .*reward: use"),
-        *((path, tokenizer, {}, "a critic needs a causal text decoder") for path in (t5, bert, both_ways, vit)),
-    ]:  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            create_critic_model(str(path), which, {}, **options)
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_of_create(case, tokenizer, tmp_path):
+    options, message = BAD_ARGUMENTS[case]
+    with pytest.raises(ValueError, match=message):
+        create_critic_model(write_base(tmp_path, "llama", tokenizer), tokenizer, **options)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "vit", "markuplm", "xlnet"])
+def test_other_models_are_errors(kind, tokenizer, tmp_path):
+    tiny_config(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=NO_DECODER):
+        create_critic_model(str(tmp_path), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "mpt", "llama", "falcon", "biogpt"])
 def test_dropout_overrides_every_field(name, tokenizer, tmp_path):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    base = tmp_path / "base"
-    base = write_base(base, name, tokenizer) if name in FAMILIES else write_other(base, name, **sizes)
-    model = create_critic_model(base, tokenizer, None, dropout=0.35)
-    found = re.findall(r'"(\w*(?:dropout|pdrop|dropout_prob))": ([\d.]+)', json.dumps(model.config.to_dict()))
-    assert found and {float(value) for _, value in found} == {0.35}
-    ids, mask = pad_rows(random_rows(1))
-    assert model.train()(ids, mask)["loss"] != model(ids, mask)["loss"]
-    assert "0.35" not in json.dumps(create_critic_model(base, tokenizer, None).config.to_dict())
+    AutoModel.from_config(tiny_config(name)).save_pretrained(tmp_path)
+    model = create_critic_model(str(tmp_path), tokenizer, dropout=0.35).train()
+    fields = json.dumps(model.config.to_dict())
+    assert set(re.findall(r'(?:dropout|pdrop|_prob)": ([\d.]+)', fields)) == {"0.35"}
+    assert model(IDS)["loss"] != model(IDS)["loss"]
 
 
-DTYPES = [(None, torch.float32), (BF16, torch.bfloat16), (FP16, torch.float16), ({"bf16": {"enabled": False}}, torch.float32)]  # fmt: skip
+# (arguments of create_critic_model, dtype)
+DTYPES = [
+    ({}, torch.float32),
+    (with_bf16(True), torch.bfloat16),
+    ({"ds_config": {"fp16": {"enabled": True}}}, torch.float16),
+    (with_bf16(True) | {"dtype": torch.float16}, torch.float16),
+]
 
 
-@pytest.mark.parametrize(("ds_config", "dtype"), DTYPES)
-def test_dtype_follows_ds_config_and_vocabulary_grows(ds_config, dtype, tokenizer, tmp_path):
-    base, longer = write_base(tmp_path / "base", "llama", tokenizer), longer_by(11, tokenizer)
-    assert create_critic_model(base, tokenizer, None).config.vocab_size == VOCAB  # the tokenizer has 8 fewer
-    model = create_critic_model(base, longer, ds_config)
-    assert len(longer) == 99 and model.rwtransformer.get_input_embeddings().weight.shape[0] == 104
-    save_critic_model(model, longer, tmp_path / "critic")
-    loaded = read_critic(tmp_path / "critic", longer, ds_config)
-    assert {p.dtype for p in (*model.parameters(), *loaded.parameters())} == {dtype}
+@pytest.mark.parametrize(("options", "dtype"), DTYPES)
+def test_dtype_and_growing_vocabulary(options, dtype, tokenizer, tmp_path):
+    base = write_base(tmp_path, "llama", tokenizer)
+    model = create_critic_model(base, tokenizer)
+    assert model.config.vocab_size == VOCAB  # the tokenizer has 8 fewer
+    longer = longer_by(11, tokenizer)
+    model = create_critic_model(base, longer, **options)
+    assert model.get_input_embeddings().weight.shape[0] == 104
+    save_critic_model(model, longer, base)
+    loaded = create_critic_model(base, longer, rlhf_training=True, **options)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     assert_same_weights(loaded, model)
+    with pytest.raises(ValueError, match=f"the tokenizer has more tokens than {base}: use"):
+        read_critic(base, longer_by(20, tokenizer))
 
 
-def test_a_save_replaces_older_weights_of_any_form(tokenizer, tmp_path):
-    folder, model, talker = tmp_path / "critic", make_model("llama", tokenizer), copy.deepcopy(tokenizer)
-    Path(write_deepspeed_chat(folder, model), "special_tokens_map.json").write_text('{"pad_token": "<eos>"}')
-    talker.chat_template, talker.padding_side = "{{ messages }}", "left"
-    save_critic_model(model, talker, folder)
-    assert sorted(file.name for file in folder.glob("*model*")) == ["model.safetensors"]
-    saved = AutoTokenizer.from_pretrained(folder)
-    assert (saved.padding_side, saved.pad_token_id, saved.chat_template) == ("left", PAD, "{{ messages }}")
-    talker.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}  # these fill a directory
-    for _ in range(2):
-        save_critic_model(model, talker, folder)
-    assert AutoTokenizer.from_pretrained(folder).chat_template == talker.chat_template
-    shutil.rmtree(folder / "additional_chat_templates")
-    mine = {"modeling_mine.py", "model_card.md", "training_args.bin"}
-    for name in mine:
-        (folder / name).write_text("mine")
-    save_critic_model(model, tokenizer, folder)
-    assert AutoTokenizer.from_pretrained(folder).chat_template is None
-    assert mine <= {file.name for file in folder.iterdir()} and not (folder / ".writing").exists()
+# ---- saving ----
 
 
-def test_a_class_with_another_head_than_ours_is_refused(tokenizer, tmp_path):
-    """CTRL's classification head is called otherwise: transformers would draw it at random."""
-    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": 2, "dff": 48, "n_positions": 64}
-    base = write_other(tmp_path / "base", "ctrl", **sizes)
-    model = RewardModel(AutoModel.from_pretrained(base), tokenizer)
-    with pytest.raises(
-        ValueError, match="not saved as CTRLForSequenceClassification, .*classifier.weight, score.weight"
-    ):
-        save_critic_model(model, tokenizer, tmp_path / "critic")
-    with pytest.raises(ValueError, match="missing classifier.weight"):
-        create_critic_model(base, tokenizer, None)
-    assert not (tmp_path / "critic").exists()
-
-
-def test_a_kill_while_saving_leaves_one_whole_critic(tokenizer, tmp_path, monkeypatch):
-    """Two critics are saved in turn; after each SIGKILL the folder holds one of them."""
-    models, rng = [make_model("llama", tokenizer, seed=seed) for seed in (0, 1)], random.Random(0)
-    save_critic_model(models[0], tokenizer, tmp_path / "critic")
-    # A bar has a lock that all processes share, and the killed one may hold it.
-    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
-    for _ in range(12):
-        child = os.fork()
-        if not child:
-            for model in itertools.cycle(models):
-                save_critic_model(model, tokenizer, tmp_path / "critic")
-        time.sleep(rng.uniform(0.01, 0.2))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        found = read_critic(tmp_path / "critic", tokenizer).state_dict()
-        assert sum(all(torch.equal(v, m.state_dict()[k]) for k, v in found.items()) for m in models) == 1
-
-
-def test_a_full_disk_leaves_the_old_critic(tokenizer, tmp_path):
-    model, folder = make_model("llama", tokenizer), tmp_path / "critic"
-    save_critic_model(model, tokenizer, folder)
-    before, limits = (folder / "model.safetensors").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a disk with 20 kB left
-    try:
-        with pytest.raises(Exception, match="File too large"):
-            save_critic_model(model, tokenizer, folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (folder / "model.safetensors").read_bytes() == before
-    save_critic_model(model, tokenizer, folder)
-    assert not (folder / ".writing").exists()
-
-
-@pytest.mark.parametrize("family", ["olmoe", "glm4_moe", "minimax_m2", "granitemoe"])
-@pytest.mark.filterwarnings("ignore:transformers has no .*ForSequence")
-def test_experts_of_a_model_that_transformers_loaded_are_saved(family, tokenizer, tmp_path):
-    AutoModel.from_config(tiny_config(family)).save_pretrained(tmp_path / "base")
-    model = RewardModel(AutoModel.from_pretrained(tmp_path / "base"), tokenizer).eval()
-    ids, mask = pad_rows(random_rows(2, pads=False))
-    model(ids, mask)["loss"].backward()
-    save_critic_model(model, tokenizer, tmp_path / "critic")
-    loaded = read_critic(tmp_path / "critic")
-    close(end_scores(loaded, ids, mask), end_scores(model, ids, mask), "loaded")
-
-
-# ---- multimodal checkpoints, heads of others, clients ----
-
-EYES = {
-    "hidden_size": 32, "embed_dim": 32, "intermediate_size": 48, "num_hidden_layers": 2, "depth": 2, "num_layers": 2,
-    "num_attention_heads": 2, "num_heads": 2, "image_size": 28, "patch_size": 14, "num_position_embeddings": 16,
-    "out_hidden_size": 32, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
-    "deepstack_visual_indexes": [0], "head_dim": 16, "d_model": 32, "mlp_dim": 48, "projection_dim": 32,
-}  # fmt: skip
-MULTIMODAL = ["gemma3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "mistral3", "llama4", "llava", "internvl", "idefics3", "smolvlm", "aya_vision"]  # fmt: skip
-
-
-def tiny_multimodal(name):
-    kind = transformers.CONFIG_MAPPING[name]
-    default, parts = kind(), {}
-    text = default.get_text_config(decoder=True)
-    for key, value in vars(default).items():
-        if value is text:
-            parts[key] = tiny_config(type(text)).to_dict()
-        elif isinstance(value, transformers.PretrainedConfig):
-            sizes = {size: number for size, number in EYES.items() if size in value.to_dict()}
-            parts[key] = {"model_type": value.model_type} | sizes
-        elif key.endswith(("token_id", "token_index")) and isinstance(value, int):
-            parts[key] = 90
-    return kind(**parts)
-
-
-@pytest.mark.parametrize("name", MULTIMODAL)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_text_decoder_of_a_multimodal_checkpoint(name, tokenizer, tmp_path):
-    """Its hidden states are those inside the multimodal model; what is saved is a text model of the decoder's type."""
-    torch.manual_seed(0)
-    both = transformers.AutoModelForImageTextToText.from_config(
-        tiny_multimodal(name), dtype=torch.float32
-    ).eval()
-    both.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    model = create_critic_model(str(tmp_path / "base"), tokenizer, None).eval()
-    ids, mask = pad_rows(random_rows(3, pads=False), extra=0)
-    with torch.no_grad():
-        hidden = both(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
-    found = model.forward_value(ids, mask, return_value_only=True)
-    close(found[mask == 1], model.v_head(hidden).squeeze(-1)[mask == 1], "values")
-    model(ids, mask)["loss"].backward()
-    save_critic_model(model, tokenizer, tmp_path / "critic")
-    loaded = read_critic(tmp_path / "critic")
-    assert loaded.config.model_type == both.config.get_text_config(decoder=True).model_type
-    close(end_scores(loaded, ids, mask), end_scores(model, ids, mask), "loaded")
-    if hasattr(getattr(both, "model", None), "language_model"):
-        with pytest.raises(ValueError, match="a critic needs a causal text decoder"):
-            RewardModel(both.model, tokenizer)
-
-
-@pytest.mark.parametrize("head", ["value_head", "regression_head", "score_head", "v_head"])
-def test_heads_of_other_projects(head, tokenizer, tmp_path):
+def test_a_save_replaces_the_older_critic_and_nothing_else(tokenizer, tmp_path):
     model = make_model("llama", tokenizer)
-    folder = write_deepspeed_chat(tmp_path / "reward", model)
-    damage(folder, lambda state: state.update({f"{head}.weight": state.pop("v_head.weight")}))
-    assert_same_weights(read_critic(folder, tokenizer), model)
-
-
-def adapter(folder):
-    Path(folder, "adapter_config.json").write_text("{}")
-    return folder
-
-
-def deepspeed_checkpoint(folder):
-    Path(folder, "mp_rank_00_model_states.pt").write_bytes(b"")
-    return folder
-
-
-def renamed(head, more=()):
-    change = lambda state: state.update(
-        {f"{head}.weight": state.pop("v_head.weight")} | {key: torch.ones(1) for key in more}
+    folder = tmp_path / "critic"
+    write_deepspeed_chat(folder, model)
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<eos>"}')
+    names = (
+        "chat_samples.jsonl",
+        "special_cases.csv",
+        "added_rows.json",
+        "model_step100.safetensors",
     )
-    return lambda folder: damage(folder, change)
-
-
-def custom_code(folder):
-    edit(
-        Path(folder, "config.json"),
-        model_type="internlm2",
-        auto_map={"AutoConfig": "configuration_internlm2.InternLM2Config"},
-    )
-    return folder
-
-
-OTHERS_FOLDERS = {
-    "an unknown head": (renamed("reward_head"), "unexpected model.reward_head.weight; the head must be score.weight.*: rename it"),
-    "a head with a bias": (renamed("v_head", ["v_head.bias"]), "unexpected score.bias; the head must be score.weight, one row and no bias"),
-    "trl's value head": (renamed("v_head.summary", ["v_head.summary.bias"]), "unexpected score.summary.*no bias"),
-    "a PEFT adapter": (adapter, "is a PEFT adapter: pass what save_critic_model wrote, after merge_and_unload"),
-    "a DeepSpeed checkpoint": (deepspeed_checkpoint, "is a DeepSpeed checkpoint: pass what save_critic_model wrote"),
-    "custom code": (custom_code, "trust_remote_code|custom code|does not recognize"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", OTHERS_FOLDERS)
-def test_folders_of_others_get_an_error_that_says_what_they_are(case, tokenizer, tmp_path):
-    spoil, message = OTHERS_FOLDERS[case]
-    path = spoil(write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer)))
-    with pytest.raises(ValueError, match=message) as error:
-        create_critic_model(path, tokenizer, None, rlhf_training=True)
-    assert "rlhf_training=False" not in str(error.value)
-
-
-def test_bad_ds_config_and_stage_3_without_a_launcher(tokenizer, tmp_path):
-    base = write_base(tmp_path / "base", "llama", tokenizer)
-    for name in ("bf16", "fp16"):
-        with pytest.raises(
-            ValueError, match='bf16 or fp16 in ds_config has "enabled": "auto": write true or false'
-        ):
-            create_critic_model(base, tokenizer, {name: {"enabled": "auto"}})
-    with pytest.raises(
-        ValueError, match="ds_config has ZeRO stage 3, which partitions over ranks: launch with deepspeed"
-    ):
-        create_critic_model(base, tokenizer, {"zero_optimization": {"stage": 3}})
-
-
-def test_models_with_a_head_or_that_look_both_ways_are_errors_at_construction(tokenizer):
-    config = make_config("llama")
-    for kind in (transformers.AutoModelForCausalLM, AutoModelForSequenceClassification):
-        with pytest.raises(ValueError, match="has a head: pass its base_model"):
-            RewardModel(kind.from_config(config), tokenizer)
-    both_ways = AutoModel.from_config(make_config("gemma3_text", is_causal=False))
-    bert = AutoModel.from_config(
-        AutoConfig.for_model(
-            "bert", vocab_size=VOCAB, hidden_size=32, num_attention_heads=2, num_hidden_layers=1
-        )
-    )
-    for model in (both_ways, bert):
-        with pytest.raises(ValueError, match="a critic needs a causal text decoder"):
-            RewardModel(model, tokenizer)
+    for name in names:
+        (folder / name).write_text("the user's")
+    other = copy.deepcopy(tokenizer)
+    other.padding_side = "left"
+    both = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    for template in ("{{ messages }}", both, None):
+        other.chat_template = template
+        save_critic_model(model, other, folder)
+        saved = AutoTokenizer.from_pretrained(folder)
+        kept = (saved.chat_template, saved.padding_side, saved.pad_token_id)
+        assert kept == (template, "left", PAD)
+        assert_same_weights(read_critic(folder), model)
+    assert all((folder / name).read_text() == "the user's" for name in names)
+    assert not (folder / "pytorch_model.bin").exists()
 
 
 def test_what_cannot_be_saved_says_what_to_do(tokenizer, tmp_path):
+    def fails(message, model):
+        with pytest.raises(ValueError, match=message):
+            save_critic_model(model, tokenizer, tmp_path / "critic")
+
     model = make_model("llama", tokenizer)
-    with pytest.raises(ValueError, match="unwrap a compiled model ._orig_mod."):
-        save_critic_model(torch.compile(model), tokenizer, tmp_path / "critic")
+    fails("_orig_mod.*unwrap", torch.compile(model))
+    model.rwtransformer.norm.weight = torch.nn.Parameter(torch.ones(16))  # as FSDP1 leaves it
+    fails("differ: model.norm.weight.*FSDP1.*summon_full_params", model)
     model.rwtransformer.layers[0].lora_A = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match=r"lora_A.*; merge adapters .merge_and_unload."):
-        save_critic_model(model, tokenizer, tmp_path / "critic")
+    fails("lora_A.*; merge adapters .merge_and_unload.", model)
     assert not (tmp_path / "critic").exists()
 
 
-def test_the_pipeline_returns_the_score_and_others_train_on(tokenizer, tmp_path):
-    model = make_model("llama", tokenizer).eval()
-    save_critic_model(model, tokenizer, tmp_path / "critic")
-    score = transformers.pipeline("text-classification", str(tmp_path / "critic"))("w3 w4 w5")[0]["score"]
-    ids = tokenizer("w3 w4 w5", return_tensors="pt")["input_ids"]
-    assert score == pytest.approx(end_scores(model, ids, None).item(), abs=1e-5)
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
-    theirs(input_ids=ids, labels=torch.tensor([1.0])).loss.backward()
-    assert theirs.score.weight.grad.any()
+def test_saving_warns_where_pad_is_eos(tokenizer, tmp_path):
+    same_id = copy.deepcopy(tokenizer)
+    same_id.pad_token = same_id.eos_token
+    with pytest.warns(UserWarning, match="PAD is EOS, .*add_special_tokens"):
+        save_critic_model(make_model("llama", same_id), same_id, tmp_path)
+
+
+def test_a_kill_between_shards_leaves_no_wrong_critic(tokenizer, tmp_path, monkeypatch):
+    """Nothing runs after the interruption, as after a SIGKILL."""
+    library = transformers.modeling_utils
+    save = library.PreTrainedModel.save_pretrained
+    in_shards = functools.partialmethod(save, max_shard_size="30KB")
+    monkeypatch.setattr(library.PreTrainedModel, "save_pretrained", in_shards)
+    save_file = mock.Mock(wraps=library.safe_save_file)
+    monkeypatch.setattr(library, "safe_save_file", save_file)
+    save_critic_model(make_model("llama", tokenizer, seed=1), tokenizer, tmp_path)
+    model = make_model("llama", tokenizer)
+    for written in range(3):
+        save_file.side_effect = [mock.DEFAULT] * written + [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            save_critic_model(model, tokenizer, tmp_path)
+        with pytest.raises((OSError, ValueError)):
+            read_critic(tmp_path, tokenizer)
+    save_file.side_effect = None
+    save_critic_model(model, tokenizer, tmp_path)
+    assert_same_weights(read_critic(tmp_path), model)
+
+
+def test_a_full_disk_leaves_no_wrong_critic(tokenizer, tmp_path):
+    model = make_model("llama", tokenizer)
+    save_critic_model(model, tokenizer, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a disk with 20 kB left
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            save_critic_model(model, tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises((OSError, ValueError)):
+        read_critic(tmp_path)
+
+
+def test_under_a_live_config_of_zero_3(tokenizer, tmp_path):
+    """As TrainingArguments(deepspeed=...) keeps one: one process saves and loads whole weights."""
+    pytest.importorskip("deepspeed")
+    from transformers.integrations import HfDeepSpeedConfig
+
+    model = make_model("llama", tokenizer)
+    alive = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1} | STAGE_3)
+    save_critic_model(model, tokenizer, tmp_path)
+    assert_same_weights(read_critic(tmp_path), model)
+    del alive
+
+
+# ---- clients ----
+
+MULTIMODAL = (
+    "gemma3 qwen3_5 qwen3_5_moe qwen3_vl mistral3 llama4 llava internvl idefics3 aya_vision"
+)
+
+
+def multimodal_config(name):
+    config_class = transformers.CONFIG_MAPPING[name]
+    return config_class(**tiny_parts(config_class()))
+
+
+@pytest.mark.parametrize("name", MULTIMODAL.split())
+def test_the_text_decoder_of_a_multimodal_checkpoint(name, tokenizer, tmp_path):
+    """Its hidden states are those inside the multimodal model; a text model is saved."""
+    torch.manual_seed(0)
+    config = multimodal_config(name)
+    whole = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    whole.save_pretrained(tmp_path)
+    model = create_critic_model(str(tmp_path), tokenizer).eval()
+    assert model.config.model_type == config.get_text_config(decoder=True).model_type
+    ids = torch.tensor([range(9, 30)])
+    expected = model.v_head(whole(ids, output_hidden_states=True).hidden_states[-1]).squeeze(-1)
+    values = model.forward_value(ids, return_value_only=True)
+    same(values, expected, "values", rtol=2e-5)
+    assert_saved(model, tokenizer, tmp_path)
 
 
 def as_a_batch(pairs):
@@ -1170,1332 +995,998 @@ def some_pairs(count=8):
     return [dict(zip(SIDES, pair)) for pair in zip(rows[::2], rows[1::2])]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_transformers_trainer_trains_it(checkpointing, tokenizer, tmp_path):
+def test_transformers_trainer_trains_and_evaluates(tokenizer, tmp_path):
     pytest.importorskip("accelerate")
     model = make_model("llama", tokenizer)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = transformers.TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=4, max_steps=2, gradient_checkpointing=checkpointing, report_to=[],
-        remove_unused_columns=False, save_strategy="no", use_cpu=True, disable_tqdm=True, label_names=[],
-    )  # fmt: skip
-    transformers.Trainer(model, settings, train_dataset=some_pairs(), data_collator=as_a_batch).train()
-    after = model.state_dict()
-    assert model.config._attn_implementation == critic.TREE_ATTENTION
-    assert not any(
-        torch.equal(before[name], after[name])
-        for name in ("v_head.weight", "rwtransformer.layers.0.mlp.up_proj.weight")
-    )
-    batch = as_a_batch(some_pairs(2))
-    for ignored in (
-        {"return_dict": True},
-        {"num_items_in_batch": 3},
-        {"output_attentions": None},
-        {"output_hidden_states": False},
-    ):
-        assert model(**batch, **ignored)["loss"] == model(**batch)["loss"]
-    for meant in ("position_ids", "inputs_embeds", "past_key_values", "labels"):
-        with pytest.raises(ValueError, match=f"{meant}: not supported"):
-            model(**batch, **{meant: torch.ones(1)})
+    before = copy.deepcopy(model.state_dict())
+    options = {"max_steps": 2, "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    options |= {"gradient_checkpointing": True, "neftune_noise_alpha": 5, "report_to": []}
+    options |= {"eval_strategy": "steps", "remove_unused_columns": False, "use_cpu": True}
+    settings = transformers.TrainingArguments(str(tmp_path), **options)
+    pairs = some_pairs()
+    trainer = transformers.Trainer(model, settings, as_a_batch, pairs, pairs)
+    trainer.train()
+    for name in ("v_head.weight", "rwtransformer.layers.0.mlp.up_proj.weight"):
+        assert not torch.equal(before[name], model.state_dict()[name])
+    loss = model.eval()(**as_a_batch(pairs))["loss"].item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
 
 
-PEFT_TASKS = ["FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "QUESTION_ANS"]
-
-
-@pytest.mark.parametrize("task", ["backbone", None, *PEFT_TASKS])
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"])
 def test_lora_by_peft(task, tokenizer, tmp_path):
-    """Around the backbone, or around the whole model: tree on, head trained in full, merged and saved."""
+    """The tree is on, and the head trains in full."""
     peft = pytest.importorskip("peft")
-    model, batch = make_model("llama", tokenizer).train(), as_a_batch(some_pairs(3))
-    plain = model(**batch)["loss"].item()
-    options = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-    if task == "backbone":
-        model.rwtransformer = peft.get_peft_model(model.rwtransformer, peft.LoraConfig(**options))
-        trained = model
-    else:
-        trained = peft.get_peft_model(
-            model, peft.LoraConfig(**options, modules_to_save=["v_head"], task_type=task)
-        )
+    model = make_model("llama", tokenizer)
+    batch = as_a_batch(some_pairs(3))
+    options = {
+        "init_lora_weights": False,
+        "modules_to_save": ["v_head"],
+        "target_modules": ["q_proj"],
+    }
+    trained = peft.get_peft_model(model, peft.LoraConfig(task_type=task, **options))
     calls = counted(model)
-    optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
-    loss = trained(**batch)["loss"]
-    loss.backward()
-    optimizer.step()
-    assert (
-        loss.item() != pytest.approx(plain)
-        and calls
-        and calls[0] == reference_tokens(*batch.values(), "tokens")
-    )
-    names = {name for name, parameter in trained.named_parameters() if parameter.grad is not None}
-    assert any("v_head" in name for name in names) and all(
-        "lora" in name or "v_head" in name for name in names
-    )
+    trained(**batch)["loss"].backward()
+    assert calls == [reference_tokens(*batch.values(), "tokens")]
+    for name, parameter in trained.named_parameters():
+        assert (parameter.grad is not None) == bool(re.search("lora|v_head.*default", name))
     with pytest.raises(ValueError, match="merge adapters .merge_and_unload."):
-        save_critic_model(trained, tokenizer, tmp_path / "critic")
-    scores = trained(**batch)["chosen_mean_scores"]
-    if task == "backbone":
-        model.rwtransformer = model.rwtransformer.merge_and_unload()
-    else:
-        model = trained.merge_and_unload()
-    save_critic_model(model, tokenizer, tmp_path / "critic")
-    same(read_critic(tmp_path / "critic")(**batch)["chosen_mean_scores"], scores, "merged")
+        save_critic_model(trained, tokenizer, tmp_path)
 
 
-def test_the_readmes_lora_runs_as_printed(tokenizer, tmp_path, monkeypatch):
+def test_prompt_tuning_is_an_error(tokenizer):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2)
+    trained = peft.get_peft_model(make_model("llama", tokenizer), config)
+    with pytest.raises(ValueError, match="inputs_embeds: not supported"):
+        trained(**as_a_batch(some_pairs(3)))
+
+
+def test_the_readmes_lora_and_losses_run_as_printed(tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    block = re.search(r"```python\n(from peft.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
-    scope = {
-        "model": make_model("llama", tokenizer),
-        "batch": as_a_batch(some_pairs(3)),
-        "tokenizer": tokenizer,
-    }
-    exec(block, scope | {"save_critic_model": save_critic_model})
-    assert read_critic(tmp_path / "merged")(**scope["batch"])["loss"].isfinite()
-
-
-def test_other_losses_need_the_returned_scores_only(tokenizer):
-    """The README's recipe: Llama 2's margin, TRL's center_rewards_coefficient."""
-    block = re.search(
-        r"```python\n(output = model.*?)```", (HERE / "README.md").read_text(), re.DOTALL
-    ).group(1)
-    model, batch = make_model("llama", tokenizer), as_a_batch(some_pairs(3))
-    scope = {"model": model, "batch": batch, "margin": torch.tensor([0.0, 1.0, 2.0]), "F": F}
-    exec(block, scope)
-    output = model(**batch)
-    chosen, rejected = (output[f"{side}_mean_scores"] for side in SIDES)
-    expected = (
-        -F.logsigmoid(chosen - rejected - scope["margin"]).mean() + 0.01 * ((chosen + rejected) ** 2).mean()
-    )
-    same(scope["loss"], expected, "loss")
-    assert all(value.isfinite().all() for value in gradients(model, scope["loss"]).values())
+    readme = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```python\n((?:from peft|output = model).*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    names = {**vars(critic), "tokenizer": tokenizer}
+    names |= {"margin": torch.tensor([0.0, 1.0, 2.0]), "batch": as_a_batch(some_pairs(3))}
+    for block in blocks:
+        names["model"] = make_model("llama", tokenizer)
+        exec(block, names)  # noqa: S102
+    names["loss"].backward()
+    assert read_critic("merged")(**names["batch"])["loss"].isfinite()
 
 
 # ---- the loop, on real processes ----
 
-
 PORTS = itertools.count(20_000 + os.getpid() % 10_000)  # below those that a system hands out
+ENVIRONMENT = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
+# Ranks are processes forked from a server that has imported what takes seconds.
+FORKS = multiprocessing.get_context("forkserver")
+IMPORTS = """test_critic train_reward deepspeed.runtime.zero.muon.muon_optimizer
+transformers.models.llama.modeling_llama"""
+FORKS.set_forkserver_preload(IMPORTS.split())
 
 
-def surroundings(**environment):
-    usual = {
-        "PYTHONPATH": str(HERE),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return os.environ | usual | environment
+def train():
+    import train_reward
+
+    train_reward.main()
 
 
-def launch(*arguments, script=HERE / "train_reward.py", ranks=2, code=0, limit=None, moment=None, victims=()):
-    """`deepspeed` as a user types it (`ranks=None`: `python`), and what it said. `code`: that of its exit, None for
-    any but 0. `limit`: bytes of a file. At the `moment` the victims get SIGKILL; the launcher must end the rest."""
-    port = next(PORTS)
-    command = [sys.executable, script, *arguments]
+def run_rank(rank, ranks, port, log, main, arguments):
+    """What a launcher does for a rank, then `main`. With ranks=None there is no launcher."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     if ranks:
-        deepspeed = Path(sys.executable).with_name("deepspeed")
-        command[1:1] = [deepspeed, "--num_accelerators", ranks, "--master_port", port]
-    command = [*(["prlimit", f"--fsize={limit}"] if limit else []), *map(str, command)]
-    with tempfile.TemporaryFile("w+") as log:
-        run = subprocess.Popen(command, cwd=script.parent, env=surroundings(), stdout=log, stderr=log)
-        while moment and run.poll() is None and not moment():
-            time.sleep(0.001)
-        processes = ranks_of(run) if moment else {}
-        for rank in victims:
-            processes[rank].kill()
-        ended = run.wait(timeout=600)
-        log.seek(0)
-        said = log.read()
-    for file in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):  # DeepSpeed's CPU op leaves 66 MB a rank
-        file.unlink()
-    assert ended == code if code is not None else ended != 0, said[-6000:]
-    assert not any(process.is_running() for process in processes.values())
-    return said
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in variables.items()}
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    sys.argv = ["train_reward.py", *arguments]
+    main()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
-def two_at_a_time(run, cases):
-    """{case: run(case)}, as one launch imports while the other waits."""
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(cases, pool.map(run, cases)))
+def run_ranks(arguments="", main=train, ranks=2, code=0):
+    """What all ranks print. `code` is the exit code of each, None for any but 0."""
+    with tempfile.NamedTemporaryFile("r") as log:
+        common = (ranks, next(PORTS), log.name, main, arguments.split())
+        processes = []
+        for rank in range(ranks or 1):
+            processes.append(FORKS.Process(target=run_rank, args=(rank, *common), daemon=True))
+        with mock.patch.dict(os.environ, ENVIRONMENT):
+            for process in processes:
+                process.start()
+        for process in processes:
+            process.join(300)
+        printed = log.read()
+    codes = {process.exitcode for process in processes}  # None of a rank that hangs
+    assert all(codes) if code is None else codes == {code}, printed[-6000:]
+    return printed
 
 
-def ranks_of(run):
-    """{local rank: process} of a launcher."""
-    import psutil
-
-    children = psutil.Process(run.pid).children(recursive=True)
-    words = [(child, word) for child in children for word in child.cmdline()]
-    return {int(word[13:]): child for child, word in words if word.startswith("--local_rank=")}
-
-
-def flags(**options):
-    return [word for name, value in options.items() for word in (f"--{name}", value)]
+def make_ds_config(stage=0, **overrides):
+    """ds_config.json in float32, since many CPUs emulate bf16."""
+    config = json.loads((HERE / "ds_config.json").read_text())
+    config |= {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": False}}
+    config |= {"zero_optimization": {"stage": stage}, **overrides}
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def write_ds_config(path, stage=0, **overrides):
-    usual = {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": False}}
-    usual["zero_optimization"] = {"stage": stage}
-    config = json.loads((HERE / "ds_config.json").read_text()) | usual | overrides
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    path.write_text(json.dumps(make_ds_config(stage, **overrides)))
     return path
 
 
 def write_rows(path, rows):
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
+    with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
 
-def make_pairs(count=48, seed=0, highest=79, answers=1):
-    """Text pairs: an answer that ends with w1 is preferred to one that ends with w2."""
-    rng, pairs = random.Random(seed), []
-    words = lambda most: " ".join(f"w{rng.randint(3, highest)}" for _ in range(rng.randint(1, most)))
-    for index in range(count):
-        if index % answers == 0:
-            prompt = f"{words(12)} w{index % highest}"
-        pairs.append({"prompt": prompt, "chosen": f" {words(6)} w1", "rejected": f" {words(6)} w2"})
+def make_pairs(count=48, seed=0):
+    """Text pairs: a response that ends with w1 is preferred to one that ends with w2."""
+    rng = random.Random(seed)
+    pairs = []
+    for number in range(count):
+        prompt, *words = [f"w{rng.randint(3, 79)}" for _ in range(rng.randint(2, 9))]
+        chosen = " ".join(["", *words, "w1"])
+        rejected = " ".join(["", *words[::2], "w2"])
+        pairs.append(row(chosen, rejected, prompt=f"w{number} {prompt}"))
     return pairs
 
 
-def read_lines(path):
-    """The whole lines of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-
-def read_texts(path, tokenizer):
-    """Token ids of a file's chosen texts, and of its rejected ones."""
-    texts = [[row["prompt"] + row[side] + " <eos>" for row in read_lines(path)] for side in SIDES]
-    return [tokenizer(side)["input_ids"] for side in texts]
+def row(chosen, rejected, **others):
+    return {"chosen": chosen, "rejected": rejected} | others
 
 
 @pytest.fixture(scope="session")
 def training(tokenizer, tmp_path_factory):
-    """A base model, its data, and the arguments of a run: 48 pairs, 4 epochs of 3 steps on two ranks."""
+    """The flags of a run on a base model: 48 pairs, on two ranks 4 epochs of 3 steps."""
     folder = tmp_path_factory.mktemp("training")
     base = write_base(folder / "base", "llama", tokenizer)
     data = write_rows(folder / "train.jsonl.gz", make_pairs())
-    held_out = write_rows(folder / "eval.jsonl", make_pairs(21, seed=1))
-    monitor = {"csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "run"}}
+    held_out = write_rows(folder / "eval.jsonl.gz", make_pairs(21, seed=1))
 
     def arguments(output, stage=0, accumulation=2, **overrides):
-        overrides = {"gradient_accumulation_steps": accumulation} | ({} if stage else monitor) | overrides
-        config = write_ds_config(folder / f"{stage}-{accumulation}-{len(overrides)}.json", stage, **overrides)
-        return flags(
-            model_name_or_path=base, data_path=data, eval_path=held_out, max_seq_len=64, output_dir=output,
-            deepspeed_config=config, num_train_epochs=4, dropout=0.1, save_interval=2, eval_interval=5,
-        )  # fmt: skip
+        overrides["gradient_accumulation_steps"] = accumulation
+        more = "--gradient_checkpointing " if stage % 2 else ""
+        config = write_ds_config(folder / f"{output.name}.json", stage, **overrides)
+        return (
+            f"--model_name_or_path {base} --data_path {data} --eval_path {held_out} "
+            f"--max_seq_len 64 --output_dir {output} --deepspeed_config {config} "
+            "--num_train_epochs 4 --dropout 0.1 --save_interval 2 --eval_interval 5 " + more
+        )
 
-    arguments.folder, arguments.held_out = folder, held_out
+    arguments.folder = folder
     return arguments
 
 
 @pytest.fixture(scope="session")
 def trained(training):
-    """Runs on one rank, and on two at every ZeRO stage; {(ranks, stage): (output_dir, metrics, what it said)}."""
+    """A function: the output folder of a run on some ranks at a ZeRO stage."""
 
-    def run(case):
-        (ranks, stage), output = case, training.folder / f"{case[0]}-{case[1]}"
-        said = launch(*training(output, stage, 4 // ranks), ranks=ranks if ranks > 1 else None)
-        return output, read_lines(output / "metrics.jsonl"), said
+    @functools.cache
+    def run(ranks, stage):
+        output = training.folder / f"{ranks}-{stage}"
+        printed = run_ranks(training(output, stage, 4 // ranks), ranks=ranks)
+        assert printed.count("3 steps per epoch; 0 pairs, others") == 1  # only rank 0 prints
+        return output
 
-    return two_at_a_time(run, [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+    return run
 
 
-METRICS = {"step", "epoch", "loss", "accuracy", "margin", "learning_rate", "grad_norm", "skipped_steps"}
-METRICS |= {"pairs_per_second", "tokens_per_second"}
-EVALUATED = ("loss", "accuracy", "margin", "chosen_score", "rejected_score", "ties")
-EVAL_METRICS = {f"eval_{name}" for name in EVALUATED}
+METRICS = "step epoch loss accuracy margin learning_rate grad_norm skipped_steps pairs_per_second"
+MEANS = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
+EVAL_METRICS = {"eval_ties", *(f"eval_{name}" for name in MEANS)}
+
+
+def read_metrics(output):
+    """The lines of the steps, and those of the evaluations."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line.pop("pairs_per_second", None)]
+    return steps, [line for line in lines if "eval_loss" in line]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained, training):
-    output, metrics, _ = trained[2, stage]
-    evaluations = [line for line in metrics if "eval_loss" in line]
-    steps = [line for line in metrics if "loss" in line]
+def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
+    output = trained(2, stage)
+    steps, evaluations = read_metrics(output)
+    assert set(steps[0]) | {"pairs_per_second"} == set(METRICS.split())
+    assert set(evaluations[0]) == EVAL_METRICS | {"step"}
     assert [line["step"] for line in evaluations] == [0, 5, 10, 12]
     assert [line["step"] for line in steps] == list(range(1, 13))
-    assert set(steps[0]) == METRICS and set(evaluations[0]) == EVAL_METRICS | {"step"}
-    assert steps[-1]["epoch"] == 4
-    # In float32 at ZeRO 0 DeepSpeed does not tell the norm.
-    assert all(line["grad_norm"] > 0 if stage else line["grad_norm"] is None for line in steps)
+    for line in steps:  # in float32 at ZeRO 0 DeepSpeed does not give the norm
+        assert line["grad_norm"] > 0 if stage else line["grad_norm"] is None
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
-    chosen, rejected = read_texts(training.held_out, AutoTokenizer.from_pretrained(output))
-    batch, last = pad_rows(chosen + rejected), evaluations[-1]
+    # An evaluation is the same on one rank, and as computed here with the saved critic.
+    one_rank = read_metrics(trained(1, 0))[1][0]
+    assert evaluations[0] == (one_rank if stage < 3 else pytest.approx(one_rank, abs=1e-5))
+    losses = [line["loss"] for line in read_metrics(trained(2, 0))[0]]
+    assert [line["loss"] for line in steps] == pytest.approx(losses, abs=1e-4)
+    rows = make_pairs(21, seed=1)
+    texts = [row["prompt"] + row[side] + " <eos>" for side in SIDES for row in rows]
+    batch = pad_rows(AutoTokenizer.from_pretrained(output)(texts)["input_ids"])
     with torch.no_grad():
         loss, chosen, rejected = read_critic(output)(*batch).values()
-        theirs = AutoModelForSequenceClassification.from_pretrained(output).eval()
-        same(theirs(*batch).logits[:, 0], torch.cat([chosen, rejected]), "their logits")
-    expected = [loss, (chosen > rejected).float().mean(), (chosen - rejected).mean(), chosen.mean()]
-    found = [last[f"eval_{name}"] for name in ("loss", "accuracy", "margin", "chosen_score")]
-    assert found == pytest.approx([value.item() for value in expected], abs=1e-5)
+    margin = chosen - rejected
+    expected = [loss, (margin > 0).float(), margin, chosen, rejected]
+    found = [evaluations[-1][f"eval_{name}"] for name in MEANS]
+    assert found == pytest.approx([value.mean().item() for value in expected], abs=1e-5)
 
 
-def test_loop_two_ranks_evaluate_exactly_as_one_and_stages_take_the_same_steps(trained):
-    losses = {key: [line["loss"] for line in run[1] if "loss" in line] for key, run in trained.items()}
-    assert all(run[1][0] == trained[1, 0][1][0] for run in trained.values() if run is not trained[2, 3])
-    assert all(losses[2, stage] == pytest.approx(losses[2, 0], abs=1e-4) for stage in (1, 2, 3))
+@pytest.fixture(scope="session")
+def demonstration(tmp_path_factory):
+    """The README's first command on two ranks, offline, in float32."""
+    folder = tmp_path_factory.mktemp("demonstration")
+    port = next(PORTS)
+    config = write_ds_config(folder / "ds.json", 1, train_micro_batch_size_per_gpu=8)
+    command = f"{Path(sys.executable).parent}/deepspeed --num_accelerators 2 --master_port {port} "
+    command += f"{HERE}/train_reward.py --output_dir {folder}/output --deepspeed_config {config}"
+    subprocess.run(command.split(), env=os.environ | ENVIRONMENT, check=True, timeout=600)
+    for file in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):  # 66 MB of DeepSpeed's CPU op
+        file.unlink()
+    return folder / "output"
 
 
-def test_loop_one_rank_tells_and_a_log_file_gets_two_lines_a_minute(trained, training):
-    said = trained[2, 0][2]
-    for once in (
-        "3 steps per epoch; 0 pairs, others in each epoch, are not used",
-        "critic saved: load it",
-        "step 12: eval_loss",
-    ):
-        assert said.count(once) == 1
-    bars = re.findall(r"training: +\d+%.*?\[(\d+):(\d+)<", said)
-    minutes = int(bars[-1][0]) + int(bars[-1][1]) / 60
-    assert 1 <= len(bars) <= 3 + 2 * minutes  # the first, and the last twice
-    monitored = {file.stem for file in (training.folder / "csv").rglob("*.csv")}
-    assert {"Train_loss", "Train_eval_accuracy", "Train_learning_rate"} <= monitored
+def test_loop_the_demonstration_learns(demonstration):
+    assert read_metrics(demonstration)[1][-1]["eval_accuracy"] >= 0.9
 
 
 # ---- the loop's data ----
 
-SPEAK = (
+TEMPLATE = (
     "<bos>{% if tools %}{{ tools | tojson }} {% endif %}{% for m in messages %}"
-    "{% if m.role not in ('system', 'user', 'assistant', 'tool') %}{{ raise_exception('role ' ~ m.role) }}{% endif %}"
-    "{{ m.role[0] }}:{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content or [] %}"
-    "{{ part.text }}{% endfor %}{% endif %}{% for call in m.tool_calls or [] %}{{ call.name }}({{ call.arguments }}){% endfor %};"
-    "{% endfor %}<eos>\n"
+    "{% if 'robot' in m.role %}{{ raise_exception('role ' ~ m.role) }}{% endif %}"
+    "{{ m.role[0] }}:{{ m.content if 'content' in m else m.tool_calls }};{% endfor %}END"
 )
+NEWLINE = "{{ '\\n' }}"
 
 
 @pytest.fixture(scope="session")
-def talker():
-    """A byte-level tokenizer, which decodes to the exact text, with BOS and a chat template that writes it."""
+def loop():
+    import train_reward
+
+    return train_reward
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """On bytes, so that it decodes to the exact text; with BOS, and a template that writes BOS."""
     from tokenizers import ByteLevelBPETokenizer, processors
 
-    bpe, special = ByteLevelBPETokenizer(), ["<pad>", "<eos>", "<bos>"]
-    bpe.train_from_iterator(["How are you today? I am fine, thanks."] * 9, 400, special_tokens=special)
+    bpe = ByteLevelBPETokenizer()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
+    bpe.train_from_iterator(["How are you? Fine."] * 9, 400, special_tokens=list(special.values()))
     bpe._tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $0", special_tokens=[("<bos>", 2)]
     )
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **names)
-    tokenizer.chat_template = SPEAK
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
+    tokenizer.chat_template = TEMPLATE.replace("END", "<eos>" + NEWLINE)
     return tokenizer
 
 
-def message(content, role="user", **more):
-    return {"role": role, "content": content} | more
+@pytest.fixture
+def read_pairs(loop, chat_tokenizer, tmp_path):
+    """`read_pairs` of a file with these rows."""
+
+    def read(rows, max_seq_len=512):
+        path = write_rows(tmp_path / "rows.jsonl.gz", rows)
+        return loop.read_pairs([str(path)], chat_tokenizer, max_seq_len)
+
+    return read
 
 
-def dialogue(*contents):
-    return [message(content, ("user", "assistant")[turn % 2]) for turn, content in enumerate(contents)]
+def message(content, role="user", **others):
+    return {"role": role, "content": content} | others
 
 
-YES, NO, CALL = (message(text, "assistant") for text in ("yes", "no", None))
-CALL |= {"tool_calls": [{"name": "look", "arguments": {"at": None}}]}
-TOLD = message("42", "tool", name="look")
+Q = [message("Q")]
+YES = [message("yes", "assistant")]
+NO = [message("no", "assistant")]
+CALL = [message(None, "assistant", tool_calls=[{"at": None}])]
+ANSWER = [message("42", "tool"), *YES]
+TOOLS = [{"name": "look"}]
+CALLED = """[{"name": "look"}] u:Q;a:[{'at': None}];t:42;a:yes;"""
+WITH_TOOLS = f'{CALLED} > [{{"name": "look"}}] u:Q;a:no;'
+# name: (row, texts between BOS and EOS)
 ROWS = {
-    "texts": ({"prompt": "Q:", "chosen": " yes", "rejected": " no"}, "Q: yes > Q: no"),
-    "a prompt of whitespace": ({"prompt": "\n", "chosen": "yes", "rejected": "no"}, "\nyes > \nno"),
-    "complete texts": ({"chosen": "Q: yes", "rejected": "Q: no", "other": 1}, "Q: yes > Q: no"),
-    "null counts as absent": ({"prompt": None, "ranked": None, "chosen": "Q: yes", "rejected": "Q: no"}, "Q: yes > Q: no"),
+    "texts": (row(" yes", " no", prompt="Q:"), "Q: yes > Q: no"),
+    "a prompt of whitespace": (row("yes", "no", prompt="\n"), "\nyes > \nno"),
+    "complete texts": (row("Q: yes", "Q: no", other=1), "Q: yes > Q: no"),
+    "null": (row("Q: yes", "Q: no", prompt=None, ranked=None), "Q: yes > Q: no"),
+    "odd text": (row("NUL \0", "\u05dd", prompt="\u200d"), "\u200dNUL \0 > \u200d\u05dd"),
     "ranked": ({"prompt": "Q", "ranked": ["1", "2", "3"]}, "Q1 > Q2, Q1 > Q3, Q2 > Q3"),
-    "lists of texts": ({"prompt": "Q", "chosen": ["1", "2"], "rejected": ["3", "4"]}, "Q1 > Q3, Q1 > Q4, Q2 > Q3, Q2 > Q4"),
-    "messages": ({"prompt": dialogue("Q"), "chosen": [YES], "rejected": [NO]}, "u:Q;a:yes; > u:Q;a:no;"),
-    "complete dialogues": ({"chosen": dialogue("Q", "yes"), "rejected": dialogue("Q", "no")}, "u:Q;a:yes; > u:Q;a:no;"),
-    "a prompt text beside them": ({"prompt": "Q", "chosen": dialogue("Q", "yes"), "rejected": dialogue("Q", "no")}, "u:Q;a:yes; > u:Q;a:no;"),
-    "a system message first": ({"prompt": "Q", "chosen": [message("S", "system"), message("Q"), YES], "rejected": [message("S", "system"), message("Q"), NO]}, "s:S;u:Q;a:yes; > s:S;u:Q;a:no;"),
-    "messages alone": ({"prompt": message("Q"), "chosen": YES, "rejected": NO}, "u:Q;a:yes; > u:Q;a:no;"),
-    "lists of lists of messages": ({"prompt": dialogue("Q"), "chosen": [[YES]], "rejected": [[NO], [CALL]]}, "u:Q;a:yes; > u:Q;a:no;, u:Q;a:yes; > u:Q;a:look({'at': None});"),
-    "ranked messages": ({"prompt": dialogue("Q"), "ranked": [YES, [NO]]}, "u:Q;a:yes; > u:Q;a:no;"),
-    "content parts": ({"prompt": message([{"type": "text", "text": "Q"}]), "chosen": YES, "rejected": NO}, "u:Q;a:yes; > u:Q;a:no;"),
-    "tools": ({"tools": [{"name": "look"}], "prompt": dialogue("Q"), "chosen": [CALL, TOLD, YES], "rejected": NO}, '[{"name": "look"}] u:Q;a:look({\'at\': None});t:42;a:yes; > [{"name": "look"}] u:Q;a:no;'),
-}  # fmt: skip
+    "messages": (row(YES, NO, prompt=Q), "u:Q;a:yes; > u:Q;a:no;"),
+    "complete dialogues": (row(Q + YES, Q + NO), "u:Q;a:yes; > u:Q;a:no;"),
+    "ranked messages": ({"prompt": Q, "ranked": [YES, NO]}, "u:Q;a:yes; > u:Q;a:no;"),
+    "tools": (row(CALL + ANSWER, NO, prompt=Q, tools=TOOLS), WITH_TOOLS),
+    "tools as JSON": (row(CALL + ANSWER, NO, prompt=Q, tools=json.dumps(TOOLS)), WITH_TOOLS),
+}
+
+
+def tokens_of(pair):
+    return [pair.chosen.tolist(), pair.rejected.tolist()]
 
 
 @pytest.mark.parametrize("form", ROWS)
-def test_loop_every_row_form_as_the_model_sees_it(form, talker, tmp_path):
-    """The texts in full, between one BOS and one EOS; the pairs of a row have one prompt, known or found."""
-    import train_reward
-
-    row, expected = ROWS[form]
-    path = write_rows(tmp_path / "rows.jsonl.gz", [row])
-    pairs = train_reward.read_pairs([str(path)], talker, 512)
-    texts = [[talker.decode(pair[side].tolist()) for side in SIDES] for pair in pairs]
-    assert all(text.startswith("<bos>") and text.endswith("<eos>") for pair in texts for text in pair)
-    assert ", ".join(f"{chosen[5:-5]} > {rejected[5:-5]}" for chosen, rejected in texts) == expected
-    assert {pair["where"] for pair in pairs} == {f"{path}:1"} and len({pair["prompt"] for pair in pairs}) == 1
+def test_loop_every_form_of_a_row(form, read_pairs, chat_tokenizer):
+    """The texts in full, between one BOS and one EOS, with a template's newline."""
+    given, expected = ROWS[form]
+    end = "<eos>\n" if ":Q;" in expected else "<eos>"
+    pairs = read_pairs([given])
+    texts = [chat_tokenizer.batch_decode(tokens_of(pair)) for pair in pairs]
+    pairs_expected = [pair.split(" > ") for pair in expected.split(", ")]
+    assert texts == [[f"<bos>{text}{end}" for text in pair] for pair in pairs_expected]
+    assert len({pair.prompt for pair in pairs}) == 1
 
 
-def test_loop_pairs_of_one_prompt_are_found_in_every_form(talker, tmp_path):
-    import train_reward
-
-    forms = "messages", "complete dialogues", "a prompt text beside them", "messages alone", "ranked messages"
-    groups = [
-        [
-            {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " 1", "rejected": " 2"},
-            {"chosen": "\n\nHuman: Q\n\nAssistant: 3", "rejected": "\n\nHuman: Q\n\nAssistant: 4"},
-        ],
-        [{"prompt": "Q", "chosen": "\n1", "rejected": "\n2"}, {"chosen": "Q\nyes", "rejected": "Q\nyet"}],
-        [ROWS[form][0] for form in forms],
-        [{"prompt": "\n\nHuman: Q\n\nAssistant: A\n\nHuman: R", "chosen": "\n\nAssistant: 1", "rejected": "\n\nAssistant: 2"}],
-    ]  # fmt: skip
-    path = write_rows(tmp_path / "rows.jsonl", [row for group in groups for row in group])
-    prompts = [pair["prompt"] for pair in train_reward.read_pairs([str(path)], talker, 512)]
-    found = [{prompts.pop(0) for _ in group} for group in groups]
-    assert [len(group) for group in found] == [1, 1, 1, 1] and len(set().union(*found)) == 4
+@pytest.mark.parametrize("end", ["<eos>", "<eos>" + NEWLINE, NEWLINE, ""])
+def test_loop_trains_what_the_template_renders(end, read_pairs, chat_tokenizer, monkeypatch):
+    """As clients render it: ChatML's templates write a newline after EOS."""
+    monkeypatch.setattr(chat_tokenizer, "chat_template", TEMPLATE.replace("END", end))
+    texts = [chat_tokenizer.apply_chat_template(Q + turn, tokenize=False) for turn in (YES, NO)]
+    if "<eos>" not in end:
+        texts = [text + "<eos>" for text in texts]
+    (pair,) = read_pairs([row(YES, NO, prompt=Q)])
+    assert tokens_of(pair) == chat_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert pair.shared == len(os.path.commonprefix(tokens_of(pair)))
 
 
-def test_loop_a_prompt_under_another_key_is_told_with_the_count(talker, tmp_path, capsys):
-    import train_reward
-
-    orca = [{"system": "", "question": f"Q{n}", "chosen": f"{n} yes", "rejected": "no"} for n in range(600)]
-    fine = [ROWS["texts"][0], ROWS["messages"][0], ROWS["complete texts"][0]]
-    paths = [
-        str(write_rows(tmp_path / name, rows)) for name, rows in (("fine.jsonl", fine), ("orca.jsonl", orca))
-    ]
-    for path, told in zip((paths[:1], paths), (False, True)):
-        train_reward.read_pairs(path, talker, 512)
-        said = capsys.readouterr().out
-        assert (f"warning: 600 pairs, the first in {paths[1]}:1, have no prompt" in said) == told
+def test_loop_reads_batches_as_single_rows(read_pairs):
+    """Rows of text and of messages mixed, more than a batch."""
+    rows = [given for given, _ in ROWS.values()]
+    single = {id(row): read_pairs([row]) for row in rows}
+    many = random.Random(0).choices(rows, k=700) + rows[:1] * 600
+    assert read_pairs(many) == [pair for row in many for pair in single[id(row)]]
 
 
-def test_loop_batches_of_texts_become_the_tokens_of_single_ones(talker, tmp_path):
-    """Rows of text and of messages mixed, more than a batch, with texts that recur; 4 bytes per token."""
-    import train_reward
-
-    rng, rows, expected = random.Random(0), [], []
-    say = lambda: (
-        "".join(rng.choice("How are you? \n\u00e9\U0001f469") for _ in range(rng.randint(1, 40))) + "."
-    )
-    for number in range(1300):
-        prompt, responses = say() if number % 7 else "Q", [f" {say()}", rng.choice([" yes", f" {say()}"])]
-        is_text = number < 600 or number % 3
-        if is_text:
-            texts = [prompt + response for response in responses]
-        else:
-            prompt, responses = dialogue(prompt), [[message(text, "assistant")] for text in responses]
-            texts = [talker.apply_chat_template(prompt + r, tokenize=False).rstrip() for r in responses]
-        rows.append({"prompt": prompt, "chosen": responses[0], "rejected": responses[1]})
-        ids = [talker(text, add_special_tokens=bool(is_text))["input_ids"] for text in texts]
-        expected.append(
-            [text if text[-1] == talker.eos_token_id else [*text, talker.eos_token_id] for text in ids]
-        )
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    pairs = train_reward.read_pairs([str(path)], talker, 512)
-    assert [[pair[side].tolist() for side in SIDES] for pair in pairs] == expected
-    assert [pair["where"] for pair in pairs] == [f"{path}:{n}" for n in range(1, 1301)]
-    assert {pair[side].itemsize for side in SIDES for pair in pairs} == {4}
+HH = "\n\nHuman: Q\n\nAssistant:"
+GROUPS = [
+    [row(f"{HH} 1", f"{HH} 2"), row(f"{HH} 3", f"{HH} 4")],
+    [row("\n1", "\n2", prompt="Q"), row("Q\nyes", "Q\nyet")],
+    [ROWS["messages"][0], ROWS["complete dialogues"][0], ROWS["ranked messages"][0]],
+]
 
 
-def test_loop_prompts_are_shuffled_with_all_their_pairs(talker, tmp_path):
-    import train_reward
-
-    rows = [{"prompt": f"Q{n // 2}", "chosen": f" yes{n}", "rejected": " no"} for n in range(200)]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    pairs = train_reward.read_pairs([str(path)], talker, 512)
-    lines = lambda seed: [
-        int(pair["where"].rpartition(":")[2]) for pair in train_reward.shuffle_prompts(pairs, seed)
-    ]
-    orders = [lines(seed) for seed in range(4)]
-    assert orders[0] == lines(0) and all(sorted(order) == list(range(1, 201)) for order in orders)
-    assert all(a % 2 == 1 and b == a + 1 for order in orders for a, b in zip(order[::2], order[1::2]))
-    for one, other in itertools.combinations(orders, 2):  # of 100 prompts about one stays in its place
-        assert sum(a == b for a, b in zip(one, other)) < 20
+def test_loop_finds_the_pairs_of_a_prompt(read_pairs):
+    prompts = [{pair.prompt for pair in read_pairs(group)} for group in GROUPS]
+    assert [len(found) for found in prompts] == [1, 1, 1]
+    assert len(set.union(*prompts)) == 3
 
 
-# Notes the lines and prompts of each batch, and for what it was made.
-WATCH = """
-import json, os, sys, train_reward
-seen, collate = {"main": [], "evaluate": []}, train_reward.collate
-def watch(pairs, *rest):
-    seen[sys._getframe(1).f_code.co_name].append([(pair["where"], pair["prompt"].hex()) for pair in pairs])
-    return collate(pairs, *rest)
-train_reward.collate = watch
-train_reward.main()
-json.dump(seen, open(f"{os.path.dirname(__file__)}/seen-{os.environ['RANK']}.json", "w"))
-train_reward.dist.barrier(), train_reward.dist.destroy_process_group()
-"""
+def test_loop_counts_what_is_dropped_and_what_has_no_prompt(read_pairs, capsys):
+    """Here the prompt is under another key."""
+    rows = [row(f"{n} yes", "no", question=f"Q{n}") for n in range(600)]
+    rows += [row("yes", "yes"), row("a" * 600, "no", prompt="Q"), row("yes", "no", prompt="Q")]
+    assert len(read_pairs(rows, 256)) == 601
+    printed = capsys.readouterr().out
+    assert "601 pairs; dropped 2 that are identical or longer than 256 tokens" in printed
+    assert "warning: 600 pairs have no prompt or common prefix" in printed
 
 
-def test_loop_what_each_rank_sees(training, tmp_path):
-    """24 pairs of 8 prompts, 1 held out; 2 ranks, micro-batch 2, accumulation 2: 2 steps of 8, 5 pairs over."""
-    (tmp_path / "watch.py").write_text(WATCH)
-    data = write_rows(tmp_path / "some.jsonl", make_pairs(24, answers=3))
-    arguments = training(tmp_path / "out", 0, 2, train_micro_batch_size_per_gpu=2)
-    del arguments[4:6]  # held-out data
-    more = ["--num_train_epochs", "2", "--save_interval", "0", "--data_path", data]
-    assert "2 steps per epoch; 5 pairs, others in each epoch, are not used" in launch(
-        *arguments, *more, script=tmp_path / "watch.py"
-    )
-    seen, epochs = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)], []
-    for epoch in (0, 4):  # two batches of each rank in a step
-        steps = [[rank["main"][epoch + at : epoch + at + 2] for rank in seen] for at in (0, 2)]
-        for step in steps:
-            for batches in step:
-                together = [prompt for prompt, _ in itertools.groupby(sum(batches, []), lambda row: row[1])]
-                assert len(together) == len(set(together))  # the pairs of a prompt stand next to each other
-            assert len({row[1] for batches in step for batch in batches for row in batch}) <= 4
-        epochs.append(
-            [tuple(row) for step in steps for batches in step for batch in batches for row in batch]
-        )
-        assert len(set(epochs[-1])) == 16
-    assert set(epochs[0]) != set(epochs[1])
-    held_out = {tuple(row) for rank in seen for batch in rank["evaluate"] for row in batch}
-    assert len(held_out) == 3 and not {p for _, p in held_out} & {p for epoch in epochs for _, p in epoch}
+def draw_ids(rng, mean):
+    return array("i", rng.choices(range(3, 90), k=1 + int(mean * rng.lognormvariate(-0.3, 0.8))))
 
 
-@pytest.mark.parametrize(("ranks", "answers"), [(1, 1), (2, 1), (4, 3), (8, 2)])
-def test_loop_dealing_is_complete_and_reproducible_and_balances(ranks, answers):
-    """No pair is lost or repeated, each rank has as many, and the fullest holds less than dealt in turn."""
-    import train_reward
+def draw_pairs(loop, count, per_prompt, seed=0):
+    """Pairs of random lengths; the prompt's number is their first token."""
+    rng = random.Random(seed)
+    pairs = []
+    for number in range(count):
+        prompt = number // per_prompt
+        if number % per_prompt == 0:
+            shared = array("i", [prompt]) + draw_ids(rng, 60)
+        chosen = shared + array("i", [2 * number]) + draw_ids(rng, 30)
+        rejected = shared + array("i", [2 * number + 1]) + draw_ids(rng, 30)
+        pairs.append(loop.Pair(prompt, chosen, rejected, len(shared)))
+    return pairs
 
-    worst = []
+
+def reference_count(pairs):
+    """How many distinct (prefix, token) the pairs have."""
+    rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
+    return len({row[:end].tobytes() for row in rows for end in range(1, len(row) + 1)})
+
+
+@pytest.mark.parametrize(("ranks", "per_prompt"), [(1, 1), (2, 1), (4, 3), (8, 2)])
+def test_loop_dealing_is_complete_and_reproducible_and_balances(ranks, per_prompt, loop):
+    """The fullest rank holds fewer tokens than if pairs were dealt in their order."""
+    fullest = 0
+    fullest_in_order = 0
     for seed in range(20):
-        rng = random.Random(seed)
-        ids = lambda mean: array(
-            "i", [rng.randrange(90) for _ in range(1 + int(mean * rng.lognormvariate(-0.32, 0.8)))]
-        )
-        pairs = []
-        for prompt in range(8 * ranks // answers + 1):
-            common = ids(60)
-            pairs += [
-                {"prompt": prompt, "chosen": common + ids(30), "rejected": common + ids(30)}
-                for _ in range(answers)
-            ]
-        pairs = [pair | {"number": n} for n, pair in enumerate(pairs[: 8 * ranks])]
-        dealt = train_reward.deal(pairs, ranks)
-        assert dealt == train_reward.deal(list(pairs), ranks)
-        assert sorted(pair["number"] for part in dealt for pair in part) == list(range(8 * ranks))
-        assert {len(part) for part in dealt} == {8}
-        fullest = lambda parts: max(map(train_reward.count_nodes, parts))
-        worst.append((fullest(dealt), fullest([pairs[at : at + 8] for at in range(0, len(pairs), 8)])))
-    dealt, in_turn = map(sum, zip(*worst))
-    assert dealt < in_turn if ranks > 1 else dealt == in_turn
-    # The third prompt's two pairs stay together, although the rank with one place left has fewer tokens.
-    sizes = {0: [200], 1: [50, 50, 50], 2: [40, 40], 3: [10], 4: [10]}
-    pairs = [
-        {"prompt": p, "chosen": array("i", [p, n, *range(size)]), "rejected": array("i", [p, n])}
-        for p in sizes
-        for n, size in enumerate(sizes[p])
-    ]
-    prompts = [[pair["prompt"] for pair in part] for part in train_reward.deal(pairs, 2)]
-    assert [[p for p in part if p < 3] for part in sorted(map(sorted, prompts))] == [[0, 2, 2], [1, 1, 1]]
+        pairs = draw_pairs(loop, 8 * ranks, per_prompt, seed)
+        one_prompt = pairs[:per_prompt]
+        assert loop.count_tokens(one_prompt) == reference_count(one_prompt)
+        dealt = loop.deal(pairs, ranks)
+        assert dealt == loop.deal(list(pairs), ranks)
+        assert [len(part) for part in dealt] == [8] * ranks
+        assert sorted(itertools.chain(*dealt)) == sorted(pairs)
+        fullest += max(map(reference_count, dealt))
+        in_order = [pairs[at : at + 8] for at in range(0, 8 * ranks, 8)]
+        fullest_in_order += max(map(reference_count, in_order))
+    assert fullest < fullest_in_order or ranks == 1
 
 
-def test_loop_a_tie_is_half_right(tokenizer, tmp_path):
-    """A head of zeros: every pair ties. 5 pairs on two ranks: one has none of its own in the last batch. PAD is
-    EOS and the vocabulary full, as in many a reward model."""
+def test_loop_dealing_keeps_a_prompt_together(loop):
+    """Prompt 2's pairs fit only on the rank that has more tokens."""
+    pairs = []
+    for prompt in (0, 1, 1, 1, 2, 2, 3, 4):
+        chosen = array("i", range(200 // (1 + 3 * prompt)))
+        pairs.append(loop.Pair(prompt, chosen, array("i", [99]), 0))
+    prompts = [[pair.prompt for pair in part] for part in loop.deal(pairs, 2)]
+    assert prompts == [[0, 2, 2, 4], [1, 1, 1, 3]]
+
+
+def test_loop_batches_of_each_rank(loop, monkeypatch):
+    """40 pairs of 20 prompts: 2 epochs of 2 steps of 16 pairs, on 2 ranks in micro-batches of 4."""
+    pairs = draw_pairs(loop, 40, 2)
+    args = argparse.Namespace(num_train_epochs=2, seed=0)
+    engine = mock.Mock(global_steps=0)
+    engine.train_batch_size.return_value = 16
+    engine.train_micro_batch_size_per_gpu.return_value = 4
+    monkeypatch.setattr(loop.dist, "get_world_size", lambda: 2)
+    epochs = [[], []]
+    for rank in (0, 1):
+        monkeypatch.setattr(loop.dist, "get_rank", mock.Mock(return_value=rank))
+        steps = list(loop.batches_of_rank(pairs, engine, args, PAD))
+        assert [len(batches) for batches in steps] == [2, 2, 2, 2]
+        for step, batches in enumerate(steps):
+            for batch in batches:
+                epochs[step // 2] += batch["input_ids"][:4, 0].tolist()
+    for prompts in epochs:  # all of a prompt's pairs are in one batch
+        assert prompts[::2] == prompts[1::2]
+        assert len(set(prompts)) == 16
+    assert set(epochs[0]) != set(epochs[1])
+
+
+def test_loop_holds_out_a_tenth_of_the_prompts(loop, monkeypatch):
+    pairs = draw_pairs(loop, 100, 2)
+    monkeypatch.setattr(loop, "read_pairs", mock.Mock(return_value=pairs))
+    parts = loop.read_data(mock.Mock(eval_only=False, eval_path=None), None)
+    assert [len(part) for part in parts] == [90, 10]
+    assert not set.intersection(*({pair.prompt for pair in part} for part in parts))
+
+
+def train_and_record():
+    """The next step's batches are made before the loss is read."""
+    import train_reward
+
+    calls = mock.Mock()
+    for name in ("deal", "run_batches"):
+        function = getattr(train_reward, name)
+        setattr(train_reward, name, getattr(calls, name))
+        getattr(calls, name).side_effect = function
+    train_reward.dist = mock.Mock(wraps=torch.distributed)
+    calls.attach_mock(train_reward.dist.all_reduce, "all_reduce")
+    train_reward.main()
+    names = [call[0] for call in calls.mock_calls]
+    assert names[:8] == ["all_reduce", "deal", *["run_batches", "deal", "all_reduce"] * 2], names
+
+
+def test_loop_makes_the_next_batch_before_it_reads_the_loss(training, tmp_path):
+    run_ranks(training(tmp_path / "out"), main=train_and_record, ranks=1)
+
+
+def test_loop_a_tie_is_half_right(training, tokenizer, tmp_path):
+    """A head of zeros; 5 pairs on two ranks, of which one has none in the last batch. PAD is EOS and
+    the vocabulary full, as in many a reward model."""
     full = longer_by(8, tokenizer)
     full.pad_token = full.eos_token
     model = make_model("llama", full)
     torch.nn.init.zeros_(model.v_head.weight)
     save_critic_model(model, full, tmp_path / "flat")
-    held_out, cases = write_rows(tmp_path / "eval.jsonl", make_pairs(5)), {}
-    for stage, more in ((0, BF16), (2, BF16), (3, {})):
-        config = write_ds_config(tmp_path / f"{stage}.json", stage, train_micro_batch_size_per_gpu=1, **more)
-        cases[stage] = flags(
-            model_name_or_path=tmp_path / "flat", eval_path=held_out, deepspeed_config=config,
-            max_seq_len=64, output_dir=tmp_path / "none",
-        ) + ["--eval_only"]  # fmt: skip
-    for said in launch(*cases.pop(3)), *(said for _, said, _ in drive(cases, tmp_path).values()):
-        found = json.loads(next(line for line in said.splitlines() if line.startswith('{"eval_loss')))
-        assert (found["eval_accuracy"], found["eval_ties"]) == (0.5, 5) and set(found) == EVAL_METRICS
-    assert not (tmp_path / "none").exists()
+    rows = write_rows(tmp_path / "eval.jsonl.gz", make_pairs(5))
+    arguments = training(tmp_path / "out", 3)
+    arguments += f"--model_name_or_path {tmp_path}/flat --eval_only --eval_path {rows}"
+    found = json.loads(re.search(r'{"eval_loss.*', run_ranks(arguments))[0])
+    assert (found["eval_accuracy"], found["eval_ties"]) == (0.5, 5)
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="session")
-def demonstration(tmp_path_factory):
-    """`deepspeed train_reward.py` with no data and no network: the README's first command, on two ranks."""
-    output = tmp_path_factory.mktemp("demonstration") / "out"
-    launch("--output_dir", output)
-    return output
+def test_loop_trains_a_reward_model_further(trained, training, tmp_path):
+    arguments = training(tmp_path / "out") + f"--model_name_or_path {trained(1, 0)}"
+    assert "has a value head, which is trained further" in run_ranks(arguments, ranks=1)
+    before = read_metrics(trained(1, 0))[1][-1]["eval_loss"]
+    after = read_metrics(tmp_path / "out")[1]
+    assert after[0]["eval_loss"] == pytest.approx(before, abs=1e-6)
+    assert after[-1]["eval_loss"] < before
 
 
-def test_loop_the_demonstration_learns(demonstration):
-    assert read_lines(demonstration / "metrics.jsonl")[-1]["eval_accuracy"] >= 0.9
+# ---- ZeRO, FSDP, and step 3, on two ranks ----
 
 
-ODD = ["NUL \0 here", "\u05e9\u05dc\u05d5\u05dd \u202ertl", "\U0001f468\u200d\U0001f469"]
+def make_engine(folder, stage, **overrides):
+    import deepspeed
+
+    deepspeed.init_distributed()
+    config = make_ds_config(stage, scheduler=None, **overrides)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = create_critic_model(folder, tokenizer, config, rlhf_training=True, zero_stage=stage)
+    assert stage < 3 or not any(parameter.numel() for parameter in model.parameters())
+    return deepspeed.initialize(model=model, config=config)[0], tokenizer
 
 
-def test_loop_odd_text_is_read_and_what_is_left_out_is_counted(demonstration, tmp_path, capsys):
-    """By the demonstration's byte-level tokenizer, which loses nothing."""
+def ppo_step(folder):
+    """A trainable critic and a frozen reward model; then the critic is saved."""
+    batch = pad_rows(random_rows(1), side="left")
+    engine, tokenizer = make_engine(folder, 3)
+    reward_model, _ = make_engine(folder, 3, optimizer=None)
+    with torch.no_grad():
+        before = reward_model.module.forward_value(*batch)
+        same(before, read_critic(folder).forward_value(*batch), "loaded")
+    values = engine.module.forward_value(*batch)["values"]
+    same(values, before["values"], "trainable")
+    engine.backward((values - before["values"] - 1).square().mean())
+    engine.step()
+    save_critic_model(engine, tokenizer, f"{folder}/saved")
+    with torch.no_grad():
+        same(reward_model.module.forward_value(*batch), before, "frozen")
+        after = engine.module.forward_value(*batch)
+        same(after, read_critic(f"{folder}/saved").forward_value(*batch), "saved")
+    assert (after["values"] - before["values"]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3"])
+def test_loop_step_3_at_zero_3(name, tokenizer, tmp_path):
+    """Mixtral's experts are separate in a checkpoint; DeepSeek-V3 has a buffer in it."""
+    model = make_model(name, tokenizer)
+    for key, buffer in model.named_buffers():
+        if "e_score" in key:
+            buffer += torch.randn_like(buffer)
+    folder = tmp_path / "critic"
+    if name == "llama":  # DeepSpeedExamples #429
+        write_deepspeed_chat(folder, model)
+        tokenizer.save_pretrained(folder)
+    else:
+        save_critic_model(model, tokenizer, folder)
+    run_ranks(main=functools.partial(ppo_step, str(folder)))
+
+
+def save_under_fsdp(folder):
+    """Also: only the group that waits for rank 0's disk waits longer than DeepSpeed's default."""
+    from deepspeed.constants import default_pg_timeout
+    from torch.distributed.fsdp import fully_shard
+
     import train_reward
 
-    tokenizer, long = AutoTokenizer.from_pretrained(demonstration), "a" * 100_000
-    rows = [{"prompt": "p", "chosen": text, "rejected": " no"} for text in (*ODD, long, " no")]
-    path = write_rows(tmp_path / "odd.jsonl", rows)
-    pairs = train_reward.read_pairs([str(path)], tokenizer, 256)
-    assert [tokenizer.decode(pair["chosen"].tolist()) for pair in pairs] == [f"p{text}<eos>" for text in ODD]
-    assert "3 pairs; dropped: 1 identical, 1 longer than 256 tokens" in capsys.readouterr().out
+    train_reward.start_ranks()
+    model = read_critic(folder)
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    model(*pad_rows(random_rows(1)))["loss"].backward()
+    save_critic_model(model, AutoTokenizer.from_pretrained(folder), f"{folder}/saved")
+    assert_same_weights(read_critic(f"{folder}/saved"), read_critic(folder))
+    world = torch.distributed.group.WORLD
+    groups = (world, critic.patient_group(world))
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    hours = [backend.options._timeout.total_seconds() / 3600 for backend in backends]
+    assert hours == [default_pg_timeout.total_seconds() / 3600, 6]
 
 
-# ---- ZeRO, and step 3 ----
-
-# Three tests share a launch, whose imports take longer than they do; {name of the test: what it found}.
-TWO_RANKS = """
-import json, torch, deepspeed
-from deepspeed.utils import safe_get_full_grad
-from transformers import AutoTokenizer
-from critic import create_critic_model, save_critic_model
-deepspeed.init_distributed()
-rank, results = torch.distributed.get_rank(), {"zero3": {}, "tree": {}, "ppo": {}}
-ds_config, (names, batches, prompts, answers) = json.load(open("ds.json")), json.load(open("arguments.json"))
-
-def create(folder, stage, trained=True):
-    ds_config["zero_optimization"]["stage"], tokenizer = stage, AutoTokenizer.from_pretrained(folder)
-    return create_critic_model(folder, tokenizer, ds_config, rlhf_training=trained, zero_stage=stage), tokenizer
-
-ids = torch.tensor([[3, 4, 5, 0], [3, 6, 0, 0]])
-for name in names:
-    for folder, trained in ((f"{name}/reward", True), (f"{name}/grown", False)):
-        model, tokenizer = create(folder, 3, trained)
-        assert not model.rwtransformer.training  # on any rank, as `from_pretrained` leaves it
-        for key, parameter in model.named_parameters():
-            assert parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel() == 0, key
-            assert parameter.ds_numel and torch.isfinite(parameter.ds_tensor).all(), key
-        engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
-        engine.eval()
-        with torch.no_grad():
-            values = engine.module.forward_value(ids, return_value_only=True)
-        first = values.clone()
-        torch.distributed.broadcast(first, 0)
-        assert torch.equal(first, values)  # buffers too are rank 0's
-        results["zero3"].setdefault(name, []).append(values.tolist())
-        save_critic_model(engine, tokenizer, f"{name}/saved")
-    message = None
-    try:
-        create(f"{name}/broken", 3)
-    except ValueError as error:
-        message = str(error)
-    assert "missing model.norm.weight" in message and "model.layers.0.input_layernorm.weight" in message, message
-
-ids, mask = torch.tensor(batches[rank])
-for stage in (0, 1, 2, 3):
-    found = []
-    for share in (True, False):
-        (model, _), shapes = create("llama/reward", stage), []
-        model.share_prefix = share
-        if stage % 2:
-            model.gradient_checkpointing_enable()
-        engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
-        engine.train()
-        model.rwtransformer.register_forward_pre_hook(lambda m, a, k: shapes.append(len(k["input_ids"])), with_kwargs=True)
-        output = engine(ids, mask)
-        engine.backward(output["loss"])
-        assert shapes[0] == (1 if share else len(ids))
-        found.append([*output.values(), *(safe_get_full_grad(p) for p in model.parameters())])
-    results["tree"][stage] = max((a - b).abs().max().item() for a, b in zip(*found))
-    assert max(value.abs().max() for value in found[0][3:]) > 1e-3
-
-def score(model):
-    left, right = (tokenizer(texts, padding=True, padding_side=side, add_special_tokens=side == "left", return_tensors="pt")
-                   for texts, side in ((prompts, "left"), (answers, "right")))
-    ids, mask = (torch.cat([left[name], right[name]], 1) for name in ("input_ids", "attention_mask"))
-    return getattr(model, "module", model).forward_value(ids, mask, prompt_length=left["input_ids"].size(1))
-
-for stage in (0, 3):
-    (model, tokenizer), reward_model = create("trained", stage), create("trained", stage)[0].requires_grad_(False)
-    trainable, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
-    if stage == 3:
-        settings = {name: ds_config[name] for name in ("train_micro_batch_size_per_gpu", "zero_optimization")}
-        reward_model, *_ = deepspeed.initialize(model=reward_model, config=settings)
-    reward_model.eval(), trainable.eval()
-    with torch.no_grad():
-        before, frozen = score(trainable)["values"], score(reward_model)
-    assert torch.allclose(before, frozen["values"], atol=1e-6)
-    values = score(trainable)
-    trainable.backward(((values["values"][:, -4:] - values["chosen_end_scores"].detach()[:, None] - 1) ** 2).mean())
-    trainable.step()
-    with torch.no_grad():
-        results["ppo"][stage] = [frozen["chosen_end_scores"].tolist(), score(reward_model)["chosen_end_scores"].tolist()]
-        assert (score(trainable)["values"] - before).abs().max() > 1e-4
-
-if rank == 0:
-    json.dump(results, open("results.json", "w"))
-torch.distributed.barrier(), torch.distributed.destroy_process_group()
-"""
+def test_loop_fsdp_saves_the_same_weights(tokenizer, tmp_path):
+    save_critic_model(make_model("llama", tokenizer), tokenizer, tmp_path)
+    run_ranks(main=functools.partial(save_under_fsdp, str(tmp_path)))
 
 
-@pytest.fixture(scope="session")
-def two_ranks(tokenizer, trained, training, tmp_path_factory):
-    """What TWO_RANKS finds, its folder, and the models in it. Mixtral's experts lie apart in a checkpoint;
-    DeepSeek-V3 has a buffer in it."""
-    folder, longer, models = tmp_path_factory.mktemp("two"), longer_by(11, tokenizer), {}
-    mis_shaped = {"rwtransformer.layers.0.input_layernorm.weight": torch.ones(3)}
-    spoil = lambda state: (state.pop(NORM), state.update(mis_shaped))
-    for name in ("llama", "mixtral", "deepseek_v3"):
-        place, models[name] = folder / name, make_model(name, tokenizer).eval()
-        for key, buffer in models[name].named_buffers():
-            buffer += 0.5 * torch.randn_like(buffer) if "e_score" in key else 0
-        if name == "llama":  # DeepSpeedExamples #429
-            write_deepspeed_chat(place / "reward", models[name])
-            tokenizer.save_pretrained(place / "reward")
-        else:
-            save_critic_model(models[name], tokenizer, place / "reward")
-        tokenizer.save_pretrained(damage(write_deepspeed_chat(place / "broken", models[name]), spoil))
-        write_base(place / "grown", name, longer)
-    (folder / "trained").symlink_to(trained[2, 3][0])
-    (folder / "script.py").write_text(TWO_RANKS)
-    schedule = {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3}}
-    write_ds_config(folder / "ds.json", scheduler=schedule, gradient_clipping=0)
-    batches = [torch.stack(pad_rows(random_rows(seed))).tolist() for seed in (1, 2)]
-    rows = read_lines(training.held_out)[:5]
-    texts = [row["prompt"] for row in rows], [row["chosen"] + " <eos>" for row in rows]
-    (folder / "arguments.json").write_text(json.dumps([list(models), batches, *texts]))
-    launch(script=folder / "script.py")
-    return json.loads((folder / "results.json").read_text()), folder, models
+def test_loop_slurm_without_ranks_is_an_error(loop, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(SystemExit, match="deepspeed or torchrun"):
+        loop.start_ranks()
 
 
-def test_loop_zero3_loads_partitioned_and_refuses_on_every_rank(two_ranks):
-    results, folder, models = two_ranks
-    ids = torch.tensor([[3, 4, 5, 0], [3, 6, 0, 0]])
-    for name, model in models.items():
-        scores, grown = torch.tensor(results["zero3"][name])
-        same(scores, model.forward_value(ids, return_value_only=True), name)
-        saved = read_critic(folder / name / "saved")
-        assert saved.rwtransformer.get_input_embeddings().weight.shape[0] == 104
-        same(grown, saved.forward_value(ids, return_value_only=True), "grown")
+def run_blocks(blocks, folder):
+    os.chdir(folder)
+    for block in blocks:
+        exec(block, {})  # noqa: S102
 
 
-def test_loop_each_token_once_at_every_zero_stage(two_ranks):
-    """Loss, end scores and every gradient as in plain rows; gradient checkpointing at 1 and 3."""
-    worst = two_ranks[0]["tree"]
-    assert set(worst) == set("0123") and max(worst.values()) < 1e-5
+def test_loop_the_readmes_python_runs_as_printed(demonstration, tmp_path):
+    """Steps 2 and 3; the folder `output` is the demonstration's."""
+    readme = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```python\n(import torch.*?)```", readme, re.DOTALL)
+    assert blocks
+    (tmp_path / "output").symlink_to(demonstration)
+    run_ranks(main=functools.partial(run_blocks, blocks, tmp_path), ranks=None)
 
 
-def test_loop_step_3_as_a_ppo_trainer_takes_it(two_ranks, trained, training):
-    """Prompts padded left, answers right: a trainable critic and a frozen reward model, at ZeRO 0 and 3."""
-    folder = trained[2, 3][0]
-    texts = read_texts(training.held_out, AutoTokenizer.from_pretrained(folder))  # as step 2 wrote them
-    step2 = end_scores(read_critic(folder), *pad_rows(texts[0][:5])).tolist()
-    assert set(two_ranks[0]["ppo"]) == {"0", "3"}
-    for before, after in two_ranks[0]["ppo"].values():
-        assert before == pytest.approx(step2, abs=1e-5) and after == before
+def memory(parameters, ranks):
+    """GiB of model states at ZeRO 1, 2, 3: 2 bytes of weights, 2 of gradients, 12 of AdamW."""
+    sizes = [4 + 12 / ranks, 2 + 14 / ranks, 16 / ranks]
+    gib = [size * parameters / 2**30 for size in sizes]
+    texts = [f"{size:.0f}" if size >= 10 else f"{size:.1f}" for size in gib]
+    return " / ".join(texts if ranks > 1 else texts[:1])
 
 
-def test_loop_the_readmes_python_runs_as_printed(trained, tmp_path):
-    """Step 2 to step 3; the folder `output` is a critic that step 2 left."""
-    block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
-    os.symlink(trained[1, 0][0], tmp_path / "output")
-    subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=surroundings(), check=True)
+def test_loop_the_readmes_memory_is_right():
+    readme = (HERE / "README.md").read_text()
+    for name in ("1.2B", "8B", "70B"):
+        cells = [memory(float(name[:-1]) * 1e9, ranks) for ranks in (1, 8, 64)]
+        assert f"| {name} | {' | '.join(cells)} |" in readme
 
 
 # ---- kills and faults ----
 
-# stage: (when the victims are killed, who they are)
-MOMENTS = {
-    0: (lambda out: (out / "checkpoints" / "step-000000002").exists(), (0, 1)),
-    1: (lambda out: len(read_lines(out / "metrics.jsonl")) > 5, (1,)),
-    2: (lambda out: (out / "checkpoints" / "unfinished").exists(), (0, 1)),
-    3: (lambda out: (out / "checkpoints" / "step-000000002").exists() and (out / "checkpoints" / "unfinished").exists(), (0,)),
-}  # fmt: skip
+# stage: (module, function, number of the call in which each rank is killed): between two
+# checkpoints, before a step, before a checkpoint is renamed, in the middle of a checkpoint.
+DEATHS = {
+    0: ("train_reward", "log", 7),
+    1: ("train_reward", "run_batches", 4),
+    2: ("os", "replace", 2),
+    3: ("torch", "save", 3),
+}
 
 
-@pytest.fixture(scope="session")
-def resumed(training, trained):
-    """A run of each stage, killed at its moment, then resumed: its output_dir."""
+def train_until_killed(module, name, last):
+    module = importlib.import_module(module)
+    function = getattr(module, name)
+    calls = itertools.count(1)
 
-    def run(stage, attempts=5):
-        (moment, victims), output = MOMENTS[stage], training.folder / f"killed-{stage}-{attempts}"
-        arguments = training(output, stage)
-        launch(*arguments, code=None, moment=functools.partial(moment, output), victims=victims)
-        if stage > 1 and not (output / "checkpoints" / "unfinished").exists():
-            assert attempts, "no kill while a checkpoint was being written"
-            return run(stage, attempts - 1)
-        assert not (output / "model.safetensors").exists()
-        assert "step 12: eval_loss" in launch(*arguments, "--resume")
-        return output
+    def call(*arguments, **options):
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
 
-    return two_at_a_time(run, MOMENTS)
+    setattr(module, name, call)
+    train()
 
 
-@pytest.mark.parametrize("stage", MOMENTS)
-def test_loop_a_killed_run_resumes_to_the_same_bits(stage, resumed, trained):
-    """float32, dropout, accumulation; the run that was never killed is `trained`'s."""
-    output, (whole, expected, _) = resumed[stage], trained[2, stage]
+@pytest.mark.parametrize("stage", DEATHS)
+def test_loop_a_killed_run_resumes_bitwise_identical(stage, trained, training):
+    """In float32, with dropout and accumulation."""
+    output = training.folder / f"killed-{stage}"
+    arguments = training(output, stage)
+    run_ranks(arguments, main=functools.partial(train_until_killed, *DEATHS[stage]), code=None)
+    checkpoints = output / "checkpoints"
+    assert (checkpoints / "step-000000002").exists()
+    assert (checkpoints / "unfinished").exists() == (stage > 1)
+    assert not (output / "model.safetensors").exists()
+    run_ranks(arguments + "--resume")
+    expected = trained(2, stage)
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (output / file).read_bytes() == (whole / file).read_bytes(), file
-    untimed = lambda lines: [{k: v for k, v in line.items() if "per_second" not in k} for line in lines]
-    assert untimed(read_lines(output / "metrics.jsonl")) == untimed(expected)
-    checkpoints = {path.name for path in (output / "checkpoints").iterdir() if path.is_dir()}
-    assert checkpoints == {"step-000000010", "step-000000012"}
+        assert (output / file).read_bytes() == (expected / file).read_bytes(), file
+    assert read_metrics(output) == read_metrics(expected)
+    names = sorted(path.name for path in checkpoints.iterdir() if path.is_dir())
+    assert names == ["step-000000010", "step-000000012"]
 
 
-def test_loop_a_full_disk_ends_the_run_with_the_folders_name(training, tmp_path):
-    """As if 50 kB were left: a checkpoint cannot be written by rank 0."""
-    said = launch(*training(tmp_path / "out"), code=None, limit=50_000)
-    assert "out/checkpoints: a checkpoint cannot be written" in said
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+DIFFERENT = """data_path eval_path seed dropout loss_on compute_fp32_loss max_seq_len scheduler
+gradient_accumulation_steps gradient_clipping"""
 
 
-RANK_FAULTS = """
-import builtins, os, sys, time, torch, train_reward, critic
-fault, rank = os.path.basename(sys.argv[sys.argv.index("--output_dir") + 1]), int(os.environ["RANK"])
-if fault == "loss" and rank == 1:
-    create = train_reward.create_critic_model
-    def spoilt(*arguments, **options):
-        model, calls = create(*arguments, **options), []
-        def spoil(module, inputs, output):
-            if module.training and calls.append(1) is None and len(calls) == 2:
-                return output * float("nan")
-        model.v_head.register_forward_hook(spoil)
-        return model
-    train_reward.create_critic_model = spoilt
-if fault == "critic" and rank == 0:
-    def no_space(*arguments):
-        raise OSError("No space left on device")
-    critic.write_folder = no_space
-if fault == "metrics" and rank == 0:
-    def no_space(*words, file=None, **options):
-        if file is not None and getattr(file, "name", "").endswith("metrics.jsonl"):
-            raise OSError("No space left on device")
-        builtins.print(*words, file=file, **options)
-    train_reward.print = no_space
-if fault == "checkpoint" and rank == 0:
-    save = torch.save
-    def no_space(state, path, **options):
-        if "mp_rank" in str(path):
-            raise OSError("No space left on device")
-        return save(state, path, **options)
-    torch.save = no_space
-try:
-    train_reward.main()
-except (Exception, SystemExit) as error:
-    open(f"{os.path.dirname(__file__)}/{fault}-{rank}", "w").write(str(error))
-"""
-
-
-def test_loop_an_error_on_one_rank_ends_all_ranks(training, tmp_path):
-    """Rank 1's loss is not finite; rank 0 cannot write the critic, metrics or a checkpoint. No rank exits by itself:
-    each notes the error that reached it. Seconds, not the six hours after which a collective gives up."""
-    (tmp_path / "faults.py").write_text(RANK_FAULTS)
-    loss, critic = (
-        "step 2: the loss is not finite: check ",
-        "the critic cannot be saved .No space left",
-    )
-    messages = {
-        "loss": (loss + "the rows that another rank names", loss + r"(\S*train.jsonl.gz:\d+, ){4}or lower"),
-        "critic": (critic, critic),
-        "metrics": ("metrics cannot be written; free space, then rerun .*No space left", "closed by peer"),
-        "checkpoint": ("a checkpoint cannot be written; the older .*No space left", "closed by peer"),
-    }
-
-    def run(fault):
-        arguments = training(tmp_path / fault, 1, 1, train_micro_batch_size_per_gpu=4)
-        launch(*arguments, script=tmp_path / "faults.py")
-        return [(tmp_path / f"{fault}-{rank}").read_text() for rank in (0, 1)]
-
-    for fault, found in two_at_a_time(run, messages).items():
-        assert all(map(re.search, messages[fault], found)), found
-        assert not (tmp_path / fault / "model.safetensors").exists()
-
-
-# Calls train_reward.main() once for each case of a JSON file, in one process: {case: [exit code, what it said,
-# whether the model's weights are finite]}. With FAULT the fifth gradient of the head is not, though the loss is.
-DRIVE = """
-import contextlib, io, json, math, os, sys, train_reward
-create, results, models = train_reward.create_critic_model, {}, []
-def create_watched(*arguments, **options):
-    models[:], gradients = [create(*arguments, **options)], []
-    if os.environ.get("FAULT"):
-        models[0].v_head.weight.register_hook(lambda g: g * math.nan if gradients.append(1) or len(gradients) == 5 else g)
-    return models[0]
-train_reward.create_critic_model = create_watched
-for name, arguments in json.load(open("cases.json")).items():
-    said, sys.argv = io.StringIO(), ["train_reward.py", *arguments]
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        try:
-            code = train_reward.main() or 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-            print(stop.code, file=said)
-    weights = [getattr(p, "ds_tensor", p) for model in models for n, p in model.named_parameters() if "embed" not in n]
-    results[name] = code, said.getvalue(), all(weight.isfinite().all().item() for weight in weights)
-json.dump(results, open("results.json", "w"))
-"""
-
-
-def drive(cases, folder, **environment):
-    cases = {name: [str(word) for word in words] for name, words in cases.items()}
-    (folder / "cases.json").write_text(json.dumps(cases))
-    subprocess.run([sys.executable, "-c", DRIVE], cwd=folder, check=True, env=surroundings(**environment))
-    return json.loads((folder / "results.json").read_text())
-
-
-def test_loop_resume_of_another_run_is_refused(training, trained, tmp_path):
-    output = trained[2, 0][0]
+def test_loop_resume_of_another_run_is_an_error(trained, training, tmp_path):
+    """It names what differs; the folder stays as it is."""
+    output = trained(2, 0)
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
-    config = write_ds_config(tmp_path / "ds.json", gradient_accumulation_steps=2, gradient_clipping=0.5)
-    pairs = make_pairs()
-    fewer = write_rows(tmp_path / "fewer.jsonl", pairs[:-1])
-    more_held_out = write_rows(tmp_path / "held_out.jsonl", [pairs[-1], *read_lines(training.held_out)])
-    one_token = write_rows(tmp_path / "token.jsonl", [pairs[0] | {"rejected": " w3"}, *pairs[1:]])
-    changes = {
-        "the data": ["--data_path", write_rows(tmp_path / "other.jsonl", make_pairs()[::-1])],
-        "the data, moved": ["--data_path", training.held_out, "--eval_path", training.folder / "train.jsonl.gz"],
-        "the data, one held out": ["--data_path", fewer, "--eval_path", more_held_out], "the data, a token": ["--data_path", one_token],
-        "seed": ["--seed", "1"], "loss_on": ["--loss_on", "end"], "compute_fp32_loss": ["--no-compute_fp32_loss"],
-        "gradient_clipping": ["--deepspeed_config", config],
-    }  # fmt: skip
-    cases = {name: [*training(output), "--resume", *change] for name, change in changes.items()}
-    for name, (code, message, _) in drive(cases, tmp_path).items():
-        assert code == 1 and "undo that" in message
-        assert name.partition(",")[0] in message and "the number of ranks" in message
-        assert ("the data" in message) == ("data" in name)
+    other = write_rows(tmp_path / "other.jsonl.gz", make_pairs()[::-1])
+    arguments = training(output) + (
+        f"--resume --data_path {other} --eval_path {other} --seed 1 --dropout 0 --loss_on end "
+        "--no-compute_fp32_loss --max_seq_len 63"
+    )
+    config = write_ds_config(tmp_path / "ds.json", gradient_clipping=0.5)
+    printed = run_ranks(f"{arguments} --deepspeed_config {config}", ranks=1, code=1)
+    assert "checkpoints/step-000000012; if it cannot be read, delete it" in printed
+    named = re.search("--resume: (.*) changed since .*step-000000012: undo that", printed)[1]
+    assert sorted(named.split(", ")) == sorted([*DIFFERENT.split(), "number of ranks"])
     assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
 
 
-def test_loop_nothing_is_made_of_ruins(training, trained, tmp_path):
-    """A checkpoint that is damaged; a critic whose checkpoints are gone; a last step that ruins the weights."""
-    for name, lost in {"damaged": "mp_rank*", "done": "step-*"}.items():
-        shutil.copytree(trained[1, 0][0], tmp_path / name, ignore=shutil.ignore_patterns(lost))
-    ruin = {"optimizer": {"type": "AdamW", "params": {"lr": math.inf, "torch_adam": True}}, "scheduler": None}
-    cases = {
-        "step-000000012: cannot be read; delete it": [*training(tmp_path / "damaged", 0, 4), "--resume"],
-        "holds config.json: pass another --output_dir, or --resume a run with checkpoints": [*training(tmp_path / "done", 0, 4), "--resume"],
-        "step 1: the held-out loss is not finite": [*training(tmp_path / "new", 0, 12, **ruin), "--num_train_epochs", 1],
-    }  # fmt: skip
-    for message, (code, said, _) in drive(cases, tmp_path).items():
-        assert code == 1 and message in said and "critic saved" not in said, said[-3000:]
-    assert not (tmp_path / "new" / "model.safetensors").exists()
+def train_on_a_full_disk():
+    """As if rank 0 had 50 kB left."""
+    if os.environ["RANK"] == "0":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    train()
 
 
-GOOD = {"prompt": "w3", "chosen": " w4 w1", "rejected": " w5 w2"}
-STATIC = {"fp16": {"enabled": True, "loss_scale": 64}}
-FAULTY = {"float32": (1, {}), "bf16": (0, BF16), "fp16": (1, STATIC), "ZeRO-2": (2, {}), "ZeRO-3": (3, {})}
+@pytest.mark.parametrize("save_interval", [0, 2])
+def test_loop_a_full_disk_ends_all_ranks(save_interval, training, tmp_path):
+    """While the critic or a checkpoint is written. No rank hangs."""
+    arguments = training(tmp_path / "out", 1) + f"--save_interval {save_interval}"
+    printed = run_ranks(arguments, main=train_on_a_full_disk, code=None)
+    assert "Traceback" in printed and "critic saved" not in printed
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("fault", ["loss", "gradient"])
-def test_loop_stops_before_a_step_that_is_not_finite(fault, training, tokenizer, tmp_path):
-    """The embedding of w79 is NaN and one pair has it, in the first micro-batch of the second step; or the fifth
-    gradient is NaN, that of the third step's first micro-batch, though its loss is not. Not every CPU has fp16."""
-    from deepspeed.accelerator import get_accelerator
+def train_with_nan(what, bad_call, bad_rank):
+    """The loss, or the gradient of the rewards, of one micro-batch of a rank is not finite."""
+    ranking_loss = critic.ranking_loss
+    calls = itertools.count(1)
 
-    runs = {k: v for k, v in FAULTY.items() if k != "fp16" or get_accelerator().is_fp16_supported()}
-    model = make_backbone("llama")
-    model.get_input_embeddings().weight.data[tokenizer("w79")["input_ids"][0]] = math.nan
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    bad = GOOD | ({"prompt": "w5 w79"} if fault == "loss" else {})
-    data = write_rows(tmp_path / "pairs.jsonl", [*make_pairs(31, highest=78), bad])
-    held_out, cases = write_rows(tmp_path / "eval.jsonl", make_pairs(8, highest=78)), {}
-    for name, (stage, precision) in runs.items():
-        config = write_ds_config(tmp_path / f"{name}.json", stage, gradient_accumulation_steps=2, **precision)
-        cases[name] = flags(
-            model_name_or_path=tmp_path / "base", data_path=data, eval_path=held_out, max_seq_len=64,
-            output_dir=tmp_path / name, deepspeed_config=config, save_interval=1, num_train_epochs=2, seed=10,
-        )  # fmt: skip
-    for name, (code, said, finite) in drive(cases, tmp_path, FAULT="" if fault == "loss" else "1").items():
-        output = tmp_path / name
-        taken = len([line for line in read_lines(output / "metrics.jsonl") if "loss" in line])
-        error = next(line for line in said.splitlines() if "train_reward.py: error" in line)
-        assert code == 1 and finite and not (output / "model.safetensors").exists(), said[-3000:]
-        assert f"step {taken + 1}: the {fault} is not finite" in error
-        assert f"{data}:32" in error if fault == "loss" else taken == 2
-        assert error.count(f"{data}:") == 8
-        assert error.endswith(f"checkpoints/step-{taken:09d}" if taken else "none, see --save_interval")
+    def spoil(value):
+        return value * math.nan if next(calls) == bad_call else value
+
+    def spoiled_loss(rewards, *others):
+        loss, scores = ranking_loss(rewards, *others)
+        if what == "gradient" and rewards.requires_grad:
+            rewards.register_hook(spoil)
+        if what == "loss" and rewards.requires_grad:
+            loss = spoil(loss)
+        return loss, scores
+
+    if int(os.environ["RANK"]) == bad_rank:
+        critic.ranking_loss = spoiled_loss
+    train()
+
+
+# (what, step, number of the call that is spoiled: the second micro-batch of the step)
+FAULTS = [("loss", 2, 4), ("gradient", 3, 6)]
+PRECISIONS = [(1, {}, 1), (0, BF16, 1), (3, {}, 2)]
+
+
+@pytest.mark.parametrize(("stage", "overrides", "ranks"), PRECISIONS)
+@pytest.mark.parametrize(("what", "step", "call"), FAULTS)
+def test_loop_stops_at_what_is_not_finite(
+    what, step, call, stage, overrides, ranks, training, tmp_path
+):
+    """It happens on the last rank; all ranks stop, and nothing more is written."""
+    main = functools.partial(train_with_nan, what, call, ranks - 1)
+    arguments = training(tmp_path / "out", stage, **overrides) + "--save_interval 1"
+    printed = run_ranks(arguments, main=main, ranks=ranks, code=1)
+    assert printed.count(f"error: step {step}: the {what} is not finite: check the data") == ranks
+    assert printed.count(f"out/checkpoints/step-00000000{step - 1}\n") == ranks
+    assert len(read_metrics(tmp_path / "out")[0]) == step - 1
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def train_with_an_edited_critic():
+    import train_reward
+
+    train_reward.create_critic_model = mock.Mock(side_effect=KeyError("my_new_option"))
+    train_reward.main()
+
+
+def test_loop_errors_of_the_code_keep_their_traceback(training, tmp_path):
+    arguments = training(tmp_path / "out")
+    printed = run_ranks(arguments, main=train_with_an_edited_critic, ranks=1, code=1)
+    assert re.search(r"Traceback.*\nKeyError: 'my_new_option'", printed, re.DOTALL)
 
 
 # ---- bad input ----
 
-
-def with_data(content):
-    """--data_path with these bytes, or this row."""
-
-    def write(folder):
-        path = folder / ("pairs.jsonl.gz" if "gzip" in folder.name else "pairs.jsonl")
-        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        return ["--data_path", path]
-
-    return write
-
-
-def with_config(change):
-    """--deepspeed_config with these changes."""
-    return lambda folder: ["--deepspeed_config", write_ds_config(folder / "ds.json", **change)]
-
-
-def with_model(spoil):
-    """--model_name_or_path with a copy of the base model that is then spoilt."""
-
-    def write(folder):
-        shutil.copytree(folder.parent / "base", folder, dirs_exist_ok=True)
-        spoil(folder)
-        return ["--model_name_or_path", folder]
-
-    return write
+GOOD = row(" w4 w1", " w5 w2", prompt="w3")
+TALK = [message("w3")]
+MESSAGES = r'pass a text, or a list of {"role", "content"} messages'
+MIXED = 'texts and messages are mixed: delete "prompt" where the dialogues are complete'
+# name: (row, or bytes of the file, message)
+BAD_ROWS = {
+    "an empty file": (b"", "no pairs remain"),
+    "broken UTF-8": (b'{"chosen": "\xff"}\n', ":1: .*utf-8"),
+    "a lone surrogate": (b'{"chosen": "\\ud800 a", "rejected": "b"}\n', ":1: .*surrogates"),
+    "broken JSON": (b"\n" * 6 + b"{,}\n", ":7: Expecting property name"),
+    "JSON within JSON": (b"[" * 100_000, ":1: .*recursion"),
+    "no object": ([1], ":1: pass an object with the keys of the README"),
+    "a missing key": ({"chosen": "w4"}, f':1: "rejected" is null; {MESSAGES}'),
+    "a number for text": (GOOD | {"rejected": 3}, f':1: "rejected" is 3; {MESSAGES}'),
+    "ranked of two kinds": ({"ranked": ["w4", TALK]}, f":1: {MIXED}"),
+    "a text before messages": (row(TALK, TALK, prompt="w3"), f":1: {MIXED}"),
+    "a message without role": (row([{"content": "w3"}], TALK), f':1: "chosen" is .*; {MESSAGES}'),
+    "a prompt without role": (row(TALK, TALK, prompt=[{}]), f':1: "prompt" is .*; {MESSAGES}'),
+    "a long complaint": (row([message("w3", "robot " * 99)], TALK), ":1: role robot.{100,150}$"),
+    "tools that are no JSON": (row(TALK, TALK, tools="w3"), ":1: Expecting value"),
+    "only identical pairs": (row("w4", "w4"), "no pairs remain .dropped 1"),
+}
 
 
-TALK = [{"role": "user", "content": "w3"}]
-with_talk = lambda messages: with_data({"chosen": messages, "rejected": TALK})
-AT = r"pairs\.jsonl:1: "
-MESSAGES = r'expected a text, or a list of \{"role", "content"\} messages'
-# name: (arguments, or what writes a file and gives them; what the message must hold)
-BAD_INPUT = {
-    "an empty file": (with_data(b""), "no pairs remain"),
-    "blank lines": (with_data(b"\n \n"), "no pairs remain"),
-    "not gzip though named so": (with_data(b"{}\n"), r"pairs\.jsonl\.gz: cannot be read"),
-    "broken UTF-8": (with_data(b'{"chosen": "\xff"}\n'), AT + "not JSON in UTF-8"),
-    "a lone surrogate": (with_data(b'{"chosen": "\\ud800 a", "rejected": "b"}\n'), AT + "not JSON in UTF-8.*surrogates not allowed"),
-    "broken JSON in line 7": (with_data(json.dumps(GOOD).encode() + b"\n" * 6 + b"{,}\n"), r"pairs\.jsonl:7: not JSON"),
-    "JSON within JSON within": (with_data(b"[" * 100_000), AT + "not JSON in UTF-8.*recursion"),
-    "a line that is no object": (with_data([1]), AT + '"chosen" is missing'),
-    "a missing key": (with_data({"prompt": "w3", "chosen": "w4"}), AT + '"rejected" is missing or null; ' + MESSAGES),
-    "a number for text": (with_data(GOOD | {"rejected": 3}), AT + '"rejected" is 3; ' + MESSAGES),
-    "an empty text": (with_data(GOOD | {"chosen": " "}), AT + '"chosen" is " "; ' + MESSAGES),
-    "a number for the prompt": (with_data(GOOD | {"prompt": 3}), AT + '"prompt" is 3; ' + MESSAGES),
-    "a prompt that is no message": (with_data(GOOD | {"prompt": {"text": "w3"}}), AT + r'"prompt" is \{"text": "w3"\}; ' + MESSAGES),
-    "one ranked answer": (with_data({"prompt": "w3", "ranked": ["w4"]}), AT + '"chosen" is missing or null'),
-    "ranked that is a text": (with_data({"prompt": "w3", "ranked": "w4 w5"}), AT + '"chosen" is missing or null'),
-    "ranked of two kinds": (with_data({"prompt": "w3", "ranked": ["w4", TALK]}), AT + "texts and messages are mixed"),
-    "a prompt of messages beside texts": (with_data(GOOD | {"prompt": TALK}), AT + "texts and messages are mixed"),
-    "a prompt that the dialogue lacks": (with_data({"prompt": "w4", "chosen": TALK, "rejected": TALK}), AT + '"prompt" is not a message of each response'),
-    "a message among texts": (with_data(GOOD | {"chosen": ["w3", TALK[0]]}), AT + "texts and messages are mixed"),
-    "equal in every row": (with_data(GOOD | {"rejected": GOOD["chosen"]}), "no pairs remain .1 identical"),
-    "every pair too long": (with_data(GOOD | {"prompt": "w3 " * 300}), "no pairs remain .*larger --max_seq_len"),
-    "one pair only": (with_data(GOOD), "0 training pairs and 1 epochs give no step of 4 pairs: pass more data"),
-    "a message without role": (with_talk([{"content": "w3"}]), AT + r'"chosen" is \[\{"content": "w3"\}\]; ' + MESSAGES),
-    "a long list of no messages": (with_talk([{"content": "w3 " * 99}]), AT + '"chosen" is .*' + MESSAGES),
-    "a role that is a number": (with_talk([{"role": 3, "content": "w3"}]), AT + '"chosen" is .*' + MESSAGES),
-    "an unknown role": (with_talk([{"role": "robot", "content": "w3"}]), AT + "the chat template fails; fix the row, or set a template .*role robot"),
-    "a template's long complaint": (with_talk([{"role": "robot " * 99, "content": "w3"}]), AT + "the chat template fails"),
-    "a message that is none": (with_talk(["w3"]), AT + "texts and messages are mixed"),
-    "a message and a text": (with_talk([TALK[0], "w3"]), AT + '"chosen" is .*' + MESSAGES),
-    "no message": (with_talk([]), AT + r'"chosen" is \[\]; ' + MESSAGES),
-    "content that is no text": (with_talk([{"role": "user", "content": 3}]), AT + "the chat template fails"),
-    "tools that are none": (with_data({"tools": "w3", "chosen": TALK, "rejected": TALK}), AT + "the chat template fails"),
-    "messages without a template": (lambda f: [*with_talk(TALK)(f), "--model_name_or_path", "mute"], r"pairs\.jsonl:1: .*chat_template is not set"),
-    "no such file": (["--data_path", "missing.jsonl"], "missing.jsonl: cannot be read"),
-    "a hub dataset": (["--data_path", "some/pairs"], "some/pairs: cannot be read; pass a .jsonl or .jsonl.gz file"),
-    "max_seq_len 0": (["--max_seq_len", "0"], "no pairs remain"),
-    "beyond the positions": (["--max_seq_len", "300"], "--max_seq_len is 300, but .* has 256 positions"),
-    "negative epochs": (["--num_train_epochs", "-1"], "21 training pairs and -1 epochs give no step"),
-    "dropout 1.5": (["--dropout", "1.5"], "dropout is 1.5"),
-    "an unknown loss": (["--loss_on", "mean"], "--loss_on: invalid choice: 'mean'"),
-    "an unknown flag": (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
-    "an unknown model": (["--model_name_or_path", "no/such-model"], "no/such-model"),
-    "evaluating a base model": (["--eval_only", "--eval_path", "good.jsonl"], "looks like a base model"),
-    "a run in output_dir": (["--output_dir", "used"], "used holds metrics.jsonl: pass another --output_dir, or --resume"),
-    "another run in output_dir": (["--output_dir", "used", "--resume"], "used: cannot be written, or another run is writing there"),
-    "a model in output_dir": (["--output_dir", "base", "--resume"], "base holds config.json: pass another --output_dir"),
-    "output_dir below a file": (["--output_dir", "base/config.json/out"], "base/config.json/out"),
-    "no config": (["--deepspeed_config", "missing.json"], "missing.json"),
-    "a config that is not JSON": (["--deepspeed_config", "good.jsonl"], "good.jsonl: pass JSON for DeepSpeed"),
-    "no batch size": (with_config({"train_micro_batch_size_per_gpu": None}), "train_micro_batch_size_per_gpu needs to be"),
-    "no optimizer": (with_config({"optimizer": None}), "like ds_config.json .'optimizer'"),
-    "an unknown optimizer": (with_config({"optimizer": {"type": "Adamm", "params": {}}}), "Adamm is not a supported"),
-    "an unknown schedule": (with_config({"scheduler": {"type": "Cosine", "params": {}}}), "LR scheduler Cosine"),
-    "two precisions": (with_config(BF16 | FP16), "cannot be simultaneously"),
-    "more accumulation than data": (with_config({"gradient_accumulation_steps": 99}), "21 training pairs and 1 epochs give no step of 396 pairs"),
-    "a truncated safetensors": (with_model(lambda f: cut(f / "model.safetensors")), "safetensors cannot be read"),
-    "an unknown model type": (with_model(lambda f: edit(f / "config.json", model_type="nonesuch")), "nonesuch"),
-    "a tokenizer without EOS": (with_model(lambda f: edit(f / "tokenizer_config.json", eos_token=None)), "no EOS token"),
-    "no tokenizer": (with_model(lambda f: [file.unlink() for file in f.glob("tokenizer*")]), "tokenizer"),
-    "no model": (lambda f: ["only", "--data_path", "good.jsonl"], "give --model_name_or_path with --data_path"),
-    "no data": (lambda f: ["only", "--model_name_or_path", "base"], "give --model_name_or_path with --data_path"),
-}  # fmt: skip
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_loop_bad_rows_are_named(case, loop, chat_tokenizer, tmp_path):
+    content, expected = BAD_ROWS[case]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(ValueError, match=rf"rows\.jsonl.*{expected}"):
+        loop.read_pairs([str(path)], chat_tokenizer, 256)
+
+
+CONFIG = "--deepspeed_config {folder}"
+# flags, added to others unless they begin with "only": message
+BAD_FLAGS = {
+    "--data_path {folder}/missing.jsonl": "missing.jsonl",
+    "--data_path {folder}/one.jsonl.gz": "0 training pairs and 1 epochs give no step of 4 pairs",
+    "--max_seq_len 300": "--max_seq_len is 300, but .* has 256 positions",
+    "--num_train_epochs -1": "21 training pairs and -1 epochs give no step",
+    "--dropout 1.5": "dropout is 1.5",
+    "--model_name_or_path no/such-model": "huggingface.co",
+    "--model_name_or_path {folder}/truncated": "truncated cannot be read",
+    "--model_name_or_path {folder}/no-eos": "the tokenizer has no EOS token",
+    "--eval_only --eval_path {folder}/good.jsonl.gz": "score.weight",
+    "--output_dir {folder}/used": "used holds checkpoints: pass another --output_dir, or --resume",
+    "--output_dir {folder}/used --resume": "another run is writing to .*used: end it first",
+    "--output_dir {folder}/base --resume": "base holds config.json: pass another --output_dir",
+    f"{CONFIG}/missing.json": "missing.json: pass JSON for DeepSpeed",
+    f"{CONFIG}/used/metrics.jsonl": "metrics.jsonl: pass JSON for DeepSpeed",
+    f"{CONFIG}/no-optimizer": "add an optimizer, as in ds_config.json",
+    "only --data_path {folder}/good.jsonl.gz": "give --model_name_or_path and --data_path",
+    "only --model_name_or_path {folder}/base": "give --model_name_or_path and --data_path",
+}
 
 
 @pytest.fixture(scope="session")
-def refusals(tokenizer, tmp_path_factory):
-    """Every bad input given to train_reward.py, in one process: {case: (code, message, ...)}, and what is left."""
-    folder, cases = tmp_path_factory.mktemp("refusals"), {}
-    write_base(folder / "mute", "llama", tokenizer)
-    speaker = copy.deepcopy(tokenizer)
-    speaker.chat_template = SPEAK
-    write_base(folder / "base", "llama", speaker)
-    write_rows(folder / "good.jsonl", make_pairs(24))
-    write_ds_config(folder / "good.json")
-    usual = flags(model_name_or_path="base", data_path="good.jsonl", output_dir="out", max_seq_len=64)
-    usual += flags(deepspeed_config="good.json")
-    for name, (arguments, _) in BAD_INPUT.items():
-        (folder / name.replace(" ", "_")).mkdir()
-        arguments = arguments(folder / name.replace(" ", "_")) if callable(arguments) else arguments
-        cases[name] = arguments[1:] if arguments[0] == "only" else [*usual, *arguments]
-    # A checkpoint that would be refused too, were it read before the lock is taken.
+def bad_input(tokenizer, tmp_path_factory):
+    """A folder with what BAD_FLAGS name; another process writes to its folder `used`."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name in ("base", "truncated", "no-eos"):
+        write_base(folder / name, "llama", tokenizer)
+    cut(folder / "truncated" / "model.safetensors")
+    edit(folder / "no-eos" / "tokenizer_config.json", eos_token=None)
+    write_rows(folder / "good.jsonl.gz", make_pairs(24))
+    write_rows(folder / "one.jsonl.gz", [GOOD])
+    write_ds_config(folder / "ds_config")
+    write_ds_config(folder / "no-optimizer", optimizer=None)
+    # A checkpoint that cannot be read either; the lock comes first.
     (folder / "used" / "checkpoints" / "step-000000001").mkdir(parents=True)
     with (folder / "used" / "metrics.jsonl").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as ranks that outlive their launcher do
-        file.write("{}\n")
-        file.flush()
-        results = drive(cases, folder)
-    return results, (folder / "out").exists(), (folder / "used" / "metrics.jsonl").read_text()
+        yield folder
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_loop_bad_input_is_told_plainly_and_touches_nothing(case, refusals):
-    results, left, used = refusals
-    code, said, _ = results[case]
-    assert code in (1, 2) and "train_reward.py: error: " in said, said
-    assert re.search(BAD_INPUT[case][1], said, re.DOTALL), said
-    if found := re.search(
-        r"pairs\.jsonl(\.gz)?:.*", said[said.index("error: ") :], re.DOTALL
-    ):  # without the folder
-        assert len(f"train_reward.py: error: {found[0].strip()}") <= 200 and "\n" not in found[0].strip()
-    assert not left and used == "{}\n"
+@pytest.mark.parametrize("words", BAD_FLAGS)
+def test_loop_bad_input_is_one_line_and_changes_nothing(words, bad_input):
+    usual = "--model_name_or_path {folder}/base --data_path {folder}/good.jsonl.gz "
+    usual += "--output_dir {folder}/out --deepspeed_config {folder}/ds_config --max_seq_len 64 "
+    arguments = words[5:] if words.startswith("only ") else usual + words
+    printed = run_ranks(arguments.format(folder=bad_input), ranks=None, code=None)
+    assert "train_reward.py: error: " in printed and "Traceback" not in printed, printed
+    assert re.search(BAD_FLAGS[words], printed), printed
+    assert not (bad_input / "out").exists()
+    assert not (bad_input / "used" / "metrics.jsonl").read_text()
 
 
-# ---- the benchmark: python test_critic.py [--model PATH --data FILE] ----
+# ---- the benchmark: python test_critic.py [--only long] ----
+
+SIZES = {
+    "small": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6}
+    | {"num_attention_heads": 9, "num_key_value_heads": 3},
+    "long": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2}
+    | {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 16384},
+    "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 16384},
+}
 
 
-def resident(name):
-    """MiB of memory that this process has (VmRSS), or had at most (VmHWM)."""
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+def make_benchmark_model(size, options):
+    config = AutoConfig.for_model("llama", vocab_size=4096, **SIZES[size])
+    with torch.device(options.device):
+        backbone = AutoModel.from_config(config, dtype=getattr(torch, options.dtype))
+    return RewardModel(backbone, argparse.Namespace(pad_token_id=0)).train()
 
 
-def measured(run, memory=True):
-    """(seconds, peak MiB above the start) of a call; a call whose memory is measured is slower."""
-    cuda, start_memory = torch.cuda.is_available(), 0
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-        start_memory = torch.cuda.memory_allocated() / 2**20
-    elif memory:
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # what an earlier run left in the allocator would hide this one's need
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        start_memory = resident("VmRSS")
-    start = time.perf_counter()
-    run()
-    if cuda:
-        torch.cuda.synchronize()
-    took = time.perf_counter() - start
-    return took, (torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")) - start_memory
+def random_ids(rng, count):
+    return [rng.randrange(10, 4096) for _ in range(count)]
 
 
-def dialogues(count, seed=0):
-    """[chosen, rejected] token ids, as long as dialogues are: a prefix of 120 tokens or so, responses of 59."""
-    rng = random.Random(seed)
-    ids = lambda count: [rng.randrange(10, 4096) for _ in range(count)]
-    draw = lambda mean: int(min(3 * mean, 1 + mean * rng.lognormvariate(-0.32, 0.8)))
-    prompts = [ids(draw(120)) for _ in range(count)]
-    return [[prompt + [first] + ids(draw(58)) for first in (8, 9)] for prompt in prompts]
+def pairs_of_lengths(rng, count, prompt, response, spread):
+    """Pairs of random tokens, whose lengths differ by up to `spread` from the given ones."""
+    pairs = []
+    for _ in range(count):
+        shared = random_ids(rng, int(prompt * rng.uniform(1 - spread, 1 + spread)))
+        lengths = [int(response * rng.uniform(1 - spread, 1 + spread)) for _ in SIDES]
+        pairs.append([shared + [first] + random_ids(rng, n) for first, n in zip((8, 9), lengths)])
+    return pairs
 
 
-def benchmark_cases(options, tokenizer):
-    """{case: (padded batches, batches for the tree, whether it trains)}; a batch: ids, mask (2B, T)."""
+def as_batches(pairs, size):
+    groups = [pairs[at : at + size] for at in range(0, len(pairs), size)]
+    return [pad_rows([row for rows in zip(*group) for row in rows], extra=0) for group in groups]
+
+
+def cases_of_dialogues(options):
+    """{case: (loss_on or None for values, padded batches, the tree's batches)}."""
     rng = random.Random(0)
-    ids = lambda count: [rng.randrange(10, 4096) for _ in range(count)]
-    if options.data:
-        import train_reward
-
-        pairs = train_reward.shuffle_prompts(train_reward.read_pairs([options.data], tokenizer, 512), 0)
-        pairs = [[pair[side].tolist() for side in SIDES] for pair in pairs[: options.pairs]]
-    else:
-        pairs = dialogues(options.pairs)
-    common = statistics.mean(len(os.path.commonprefix(pair)) for pair in pairs)
-    answer = statistics.mean(len(text) for pair in pairs for text in pair) - common
-    print(f"\n{len(pairs)} pairs: a prefix of {common:.0f} tokens on average, responses of {answer:.0f}.")
-    rows = lambda texts: pad_rows(texts, extra=0)
-    batch = lambda pairs: rows([text for texts in zip(*pairs) for text in texts])
-    size = options.batch
-    batches = lambda pairs: [batch(pairs[at : at + size]) for at in range(0, len(pairs) - size + 1, size)]
-    by_length = batches(sorted(pairs, key=lambda pair: max(map(len, pair))))
-    prompts = [ids(256) for _ in range(2)]
-    answers = [[prompt + [20 + k] + ids(63) for k in range(4)] for prompt in prompts]
-    ranked = [batch([pair for texts in answers for pair in itertools.combinations(texts, 2)])] * 2
-    samples = [rows([prompts[0] + [20 + k] + ids(63) for k in range(8)])] * 10
+    pairs = pairs_of_lengths(rng, 3 * options.batch, 120, 58, 0.8)
+    in_order = as_batches(pairs, options.batch)
+    by_length = as_batches(sorted(pairs, key=lambda pair: len(max(pair, key=len))), options.batch)
+    ranked = []
+    for prompt in (random_ids(rng, 256), random_ids(rng, 256)):
+        responses = [prompt + [20 + k] + random_ids(rng, 63) for k in range(4)]
+        ranked += itertools.combinations(responses, 2)
+    ranked = as_batches(ranked, 12)
+    samples = [
+        pad_rows([row for pair in samples_of_prompt(rng, 256, 64) for row in pair], extra=0)
+    ] * 3
     return {
-        "pairs in random order; rows padded to the longest": (batches(pairs), batches(pairs), True),
-        "the same; rows in batches of like length": (by_length, batches(pairs), True),
-        "4 answers to one prompt, all 6 pairs, 2 prompts": (ranked, ranked, True),
-        "8 samples of one prompt scored, no gradient": (samples, samples, False),
+        "pairs in random order": ("tokens", in_order, in_order),
+        "the same, padded batches of like length": ("tokens", by_length, in_order),
+        "all 6 pairs of 4 responses, 2 prompts": ("tokens", ranked, ranked),
+        "8 samples of a prompt scored, no gradient": (None, samples, samples),
     }
 
 
-SIZES = {
-    "24M": ("llama", {"vocab_size": 4096, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3}),
-    "opt-350m": ("opt", {"hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "do_layer_norm_before": False, "dropout": 0.0}),
-    "llama-1b": ("llama", {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}),
-}  # fmt: skip
+def samples_of_prompt(rng, prompt, response):
+    shared = random_ids(rng, prompt)
+    return [[shared + random_ids(rng, response) for _ in SIDES] for _ in range(4)]
 
 
-def benchmark_steps(options):
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, options.dtype)
-    if options.model:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        backbone = AutoModel.from_pretrained(options.model, dtype=dtype)
-    else:
-        tokenizer, (model_type, sizes) = argparse.Namespace(pad_token_id=0), SIZES[options.size]
-        with torch.device(device):
-            backbone = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes), dtype=dtype)
-    model = RewardModel(backbone, tokenizer).to(device).train()
-    calls, cases = counted(model), benchmark_cases(options, tokenizer)
-
-    def run(batches, share, trains):
-        model.share_prefix = share
-        for batch in batches:
-            model.zero_grad()
-            with torch.set_grad_enabled(trains):
-                result = model(*batch)["loss"] if trains else model.forward_value(*batch, True)
-            if trains:
-                result.backward()
-
-    results = {}  # (case, whether by the tree): [(seconds, MiB, tokens), ...]
-    for name, (*batches, trains) in tqdm(cases.items(), desc="measuring", leave=False):
-        for number, share in itertools.product(
-            range(options.repeats + 1), (False, True)
-        ):  # the first to warm up
-            calls.clear()
-            found = measured(functools.partial(run, batches[share], share, trains), memory=not number)
-            results.setdefault((name, share), []).append((*found, sum(calls)))
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {options.dtype}"
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n1. {size}, {where}, {options.batch} pairs per batch, median of {options.repeats}\n")
-    print("| case | tokens | time | peak MiB, padded and tree |\n| --- | --- | --- | --- |")
-    for name in cases:
-        rows, once = results[name, False][1:], results[name, True][1:]
-        time_, tokens = (statistics.median(a[i] / b[i] for a, b in zip(rows, once)) for i in (0, 2))
-        memory = [results[name, share][0][1] for share in (False, True)]
-        print(f"| {name} | {tokens:.2f}x | {time_:.2f}x | {memory[0]:.0f}, {memory[1]:.0f} |")
-
-    batch, times = next(iter(cases.values()))[1][0], []
-    hidden = torch.randn(1, batch[0].numel(), model.v_head.in_features, device=device, dtype=dtype)
-    without = lambda input_ids, **_: (hidden[:, : input_ids.numel()].requires_grad_(),)
-    for forward in (backbone.forward, without):
-        backbone.forward = forward
-        step = functools.partial(run, [batch], True, True)
-        times.append(statistics.median(measured(step, memory=False)[0] for _ in range(options.repeats + 2)))
-    print(f"\n2. Laying out, head, loss: {100 * times[1] / times[0]:.2f}% of a step.")
+def cases_of_long_rows(options):
+    rng = random.Random(0)
+    cases = {}
+    for count, length, prompt in ((4, 2048, 128), (2, 4096, 128), (2, 8192, 128), (2, 8192, 6000)):
+        shared = random_ids(rng, prompt)
+        rows = [shared + random_ids(rng, length - prompt) for _ in range(count)]
+        batches = [pad_rows(rows, extra=0)]
+        cases[f"values, {count} rows of {length}, prompt {prompt}"] = ("values", batches, batches)
+    for count, prompt, response, spread in (
+        (4, 1000, 1000, 0.5),
+        (2, 200, 3800, 0.3),
+        (2, 3000, 1000, 0.3),
+    ):
+        batches = as_batches(pairs_of_lengths(rng, count, prompt, response, spread), count)
+        for loss_on in ("end", "tokens"):
+            name = f'{count} pairs, prompt {prompt}, responses {response}, "{loss_on}"'
+            cases[name] = (loss_on, batches, batches)
+    return cases
 
 
-def benchmark_operations():
-    """Dispatched operations of one more layer: what a GPU is told to do, one after the other."""
-    config = lambda layers: AutoConfig.for_model(
-        "llama",
-        vocab_size=4096,
-        hidden_size=72,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-    )
-    build = lambda layers: RewardModel(
-        AutoModel.from_config(config(layers)), argparse.Namespace(pad_token_id=0)
-    )
-    print("\n3. Operations per layer with an accelerator's blocks, forward and backward\n")
-    print("| pairs | padded batch | tree |\n| --- | --- | --- |")
-    for count in (8, 32):
-        batch = pad_rows([text for texts in zip(*dialogues(count)) for text in texts])
-        padded, tree = (
-            "{}, {}".format(*operations_per_layer(build, batch, share)) for share in (False, True)
-        )
-        print(f"| {count} | {padded} | {tree} |")
+def seconds_of(model, what, batches):
+    start = time.perf_counter()
+    for batch in batches:
+        model.zero_grad()
+        if what is None:
+            with torch.no_grad():
+                model.forward_value(*batch)
+        elif what == "values":
+            model.forward_value(*batch, return_value_only=True).sum().backward()
+        else:
+            model(*batch)["loss"].backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def benchmark_ranks(steps=20):
-    """The fullest rank's tokens over the mean, 8 pairs per rank: consecutive pairs, and as `deal` gives them."""
-    import train_reward
-
-    print("\n4. Tokens of the fullest rank over the mean, 8 pairs per rank and step\n")
-    print("| ranks | consecutive pairs | dealt by tokens |\n| --- | --- | --- |")
-    for ranks in (8, 64):
-        loads = []
-        for step in range(steps):
-            pairs = [
-                dict(zip(SIDES, (array("i", text) for text in pair))) for pair in dialogues(8 * ranks, step)
-            ]
-            pairs = [pair | {"prompt": number} for number, pair in enumerate(pairs)]
-            in_turn = [pairs[at : at + 8] for at in range(0, len(pairs), 8)]
-            tokens = [
-                list(map(train_reward.count_nodes, parts))
-                for parts in (in_turn, train_reward.deal(pairs, ranks))
-            ]
-            loads.append([max(each) / statistics.mean(each) for each in tokens])
-        print(f"| {ranks} | {' | '.join(f'{statistics.mean(load):.2f}x' for load in zip(*loads))} |")
-
-
-def benchmark_load():
-    sizes = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 22}
-    config = AutoConfig.for_model("llama", num_attention_heads=16, **sizes)
-    tokenizer = type("Tokenizer", (), {"pad_token_id": PAD, "__len__": lambda self: 100})()
-    build = lambda: RewardModel(AutoModel.from_config(config), tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_deepspeed_chat(Path(folder) / "reward", build())
-        size = os.path.getsize(f"{path}/pytorch_model.bin") / 4e6  # four bytes each
-        plain = lambda: build().load_state_dict(torch.load(f"{path}/pytorch_model.bin", weights_only=True))
-        mapped = functools.partial(create_critic_model, path, tokenizer, None, rlhf_training=True)
-        print(f"\n5. Loading a checkpoint of {size:.0f}M parameters in float32, median of 3\n")
-        print("| way | seconds | peak MiB above the start |\n| --- | --- | --- |")
-        ways = "build, `torch.load`, `load_state_dict`", "`create_critic_model(..., rlhf_training=True)`"
-        for name, way in zip(ways, (plain, mapped)):
-            seconds, memory = map(statistics.median, zip(*[measured(way) for _ in range(4)][1:]))
-            print(f"| {name} | {seconds:.2f} | {memory:.0f} |")
+def benchmark_steps(model, cases, options):
+    """Print padded time / tree time, measured in turn after a warm-up."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\n{parameters / 1e6:.0f}M parameters, {options.dtype}, {options.device}\n")
+    print("| case | fewer tokens | padded time / tree time |\n| --- | --- | --- |")
+    calls = counted(model)
+    for name, (what, padded, shared) in cases.items():
+        model.loss_on = what if what in ("tokens", "end") else "tokens"
+        ratios = []
+        tokens = {}
+        for _ in range(options.repeats + 1):
+            times = {}
+            for share, batches in ((False, padded), (True, shared)):
+                model.share_prefix = share
+                calls.clear()
+                times[share] = seconds_of(model, what, batches)
+                tokens[share] = sum(calls)
+            ratios.append(times[False] / times[True])
+        fewer = tokens[False] / tokens[True]
+        print(f"| {name} | {fewer:.1f}x | {statistics.median(ratios[1:]):.2f}x |", flush=True)
 
 
-def benchmark_data(options):
-    """Reading, against the tokenizer alone on the same texts in batches of 1000; at least 80,000 rows."""
-    import train_reward
-
-    with tempfile.TemporaryDirectory() as folder:
-        train_reward.demonstration(Path(folder), 0)
-        tokenizer, path = AutoTokenizer.from_pretrained(options.model or folder), options.data
-        if path is None:
-            words = Path(folder, "manual.jsonl").read_text().replace("\\n", " ").split()
-            rng, path, say = (
-                random.Random(0),
-                f"{folder}/rows.jsonl",
-                lambda *sizes: " ".join(
-                    words[(at := rng.randrange(len(words) - sizes[1])) : at + rng.randint(*sizes)]
-                ),
-            )
-            write_rows(Path(path), (
-                {"prompt": say(5, 120), "chosen": f" {say(5, 200)}", "rejected": f" {say(5, 200)}"}
-                for _ in range(80_000)
-            ))  # fmt: skip
-
-        def alone():
-            rows = train_reward.read_rows(path)
-            texts = (
-                text
-                for row in rows
-                for _, _, pair, _ in train_reward.render(*row, tokenizer)
-                for text in pair
-            )
-            seconds = 0
-            for batch in iter(lambda: list(itertools.islice(texts, 1000)), []):
-                start = time.perf_counter()
-                tokenizer(batch)
-                seconds += time.perf_counter() - start
-            return seconds
-
-        before, found = alone(), []
-        took, peak = measured(lambda: found.append(train_reward.read_pairs([path], tokenizer, 1 << 20)))
-        alone, (pairs,) = (before + alone()) / 2, found
-    tokens, copies = sum(len(pair[side]) for pair in pairs for side in SIDES), 10**6 // len(pairs) + 1
-    million = [pair | {"prompt": pair["prompt"] + bytes([n])} for n in range(copies) for pair in pairs][
-        : 10**6
-    ]
-    shuffled = measured(lambda: train_reward.shuffle_prompts(million, 1))[0]
-    print(f"\n6. Reading {len(pairs)} pairs of {tokens / len(pairs):.0f} tokens, {os.cpu_count()} cores\n")
-    print(
-        "| rows per second | time over the tokenizer's alone | peak bytes per token | shuffling a million, s |"
-    )
-    print("| --- | --- | --- | --- |")
-    print(f"| {len(pairs) / took:.0f} | {took / alone:.2f}x | {peak * 2**20 / tokens:.1f} | {shuffled:.2f} |")
+def benchmark_masks():
+    """Print the GiB of all masks for 8 pairs of about 16k tokens, on a device without data."""
+    print("\n| query heads per KV head | padded batch's mask, GiB | tree's masks, GiB |")
+    print("| --- | --- | --- |")
+    pairs = pairs_of_lengths(random.Random(0), 8, 12000, 4000, 0.05)
+    [(ids, mask)] = as_batches(pairs, 8)
+    ids, visible, _, length = critic.align(ids, mask, PAD)
+    tree = critic.PrefixTree(ids, visible, length, lambda x: x.to("meta"))
+    padded = ids.size(0) * ids.size(1) ** 2  # one byte each, for all heads
+    for repeats in (4, 8):
+        masks = [mask for mask in tree.masks(None, repeats, torch.bfloat16) if mask is not None]
+        size = sum(mask.numel() * mask.element_size() for mask in masks)
+        print(f"| {repeats} | {padded / 2**30:.1f} | {size / 2**30:.1f} |")
 
 
 def benchmark():
-    parser = argparse.ArgumentParser(description="The benchmark: ratios measured side by side in one run.")
-    add = parser.add_argument
-    add("--model", help="a decoder's folder or hub id (default: made on the spot, see --size)")
-    add("--data", help="pairs, .jsonl[.gz], for --model's tokenizer (default: made on the spot)")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    add("--size", default="24M", choices=SIZES, help="of the model made on the spot")
-    add("--batch", type=int, default=8, help="pairs per batch of the first two cases")
-    add("--pairs", type=int, default=24, help="pairs of the first two cases")
-    add("--repeats", type=int, default=3)
-    add(
-        "--only",
-        choices=["steps", "operations", "ranks", "load", "data"],
-        help="one of the benchmark's parts",
-    )
+    parser = argparse.ArgumentParser(description="Ratios, measured side by side in one run.")
+    parser.add_argument("--only", choices=["steps", "long"])
+    parser.add_argument("--size", default="small", choices=SIZES, help="of the model for steps")
+    parser.add_argument("--batch", type=int, default=8, help="pairs per batch for steps")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     options = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(os.cpu_count())
-    parts = {
-        "steps": lambda: benchmark_steps(options), "operations": benchmark_operations, "ranks": benchmark_ranks,
-        "load": benchmark_load, "data": lambda: benchmark_data(options),
-    }  # fmt: skip
-    for part in [options.only] if options.only else parts:
-        parts[part]()
+    if options.only != "long":
+        model = make_benchmark_model(options.size, options)
+        benchmark_steps(model, cases_of_dialogues(options), options)
+    if options.only != "steps":
+        model = make_benchmark_model("long", options)
+        benchmark_steps(model, cases_of_long_rows(options), options)
+        benchmark_masks()
 
 
 if __name__ == "__main__":
