@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# The reward/critic model of RLHF, modelled on DeepSpeed-Chat's `create_critic_model` and `RewardModel`.
+# The reward/critic model of RLHF, after DeepSpeed-Chat's `create_critic_model` and `RewardModel`.
 """A pretrained decoder with a linear value head, for reward modelling and as PPO's critic.
 
 Chapter 1 is the whole model on a padded batch. Chapter 2, the prefix tree, makes it fast.
@@ -48,9 +48,10 @@ def align(
     that is not PAD, plus the `num_padding_at_beginning` ids before it: OPT starts every text with
     BOS, which has PAD's id once pad = eos is set (DeepSpeedExamples #455).
 
-    Returns, on the CPU: ids (R, T), content, then PAD; visible (R, T), what attention may see, which is
-    content, or without a mask everything, as in DeepSpeed-Chat; source (R, T), the column of each id in
-    input_ids; length (R,), content tokens. Raises ValueError for bad shapes and empty rows.
+    Returns, on the CPU: ids (R, T), content, then PAD; visible (R, T), what attention may see,
+    which is content, or without a mask everything, as in DeepSpeed-Chat; source (R, T), the column
+    of each id in input_ids; length (R,), content tokens. Raises ValueError for bad shapes and
+    empty rows.
     """
     ids = input_ids.cpu().long()
     content = ids != pad_id if attention_mask is None else attention_mask.cpu().bool()
@@ -76,7 +77,7 @@ def align(
 def ranking_loss(
     rewards: Tensor, length: Tensor, divergence: Tensor, loss_on: str
 ) -> tuple[Tensor, Tensor]:
-    """The Bradley-Terry loss of B pairs, `-log sigmoid(chosen - rejected)`: (), and end scores (2B,).
+    """The Bradley-Terry loss of B pairs, `-log sigmoid(chosen - rejected)`, and end scores (2B,).
 
     "tokens" averages it over the positions [p, e), from the divergence p to the end e of the longer
     row, as DeepSpeed-Chat does, with padding of the shorter row (DeepSpeedExamples #316). "end"
@@ -102,7 +103,7 @@ def ranking_loss(
 
 
 class ValueHead(nn.Linear):
-    """`nn.Linear(H, 1)`, in float32 if `in_float32`: above 4, bf16 has steps of 0.03, so scores tie.
+    """`nn.Linear(H, 1)`, in float32 if `in_float32`: bf16 has steps of 0.03 above 4, so scores tie.
 
     The cast is in the module's own forward, because ZeRO-3 gathers the weight only there.
     """
@@ -122,12 +123,12 @@ class RewardModel(nn.Module):
     Args:
         base_model: the decoder without its language-model head, as AutoModel returns it.
         tokenizer: its pad_token_id should not be EOS, and must have an embedding.
-        num_padding_at_beginning: leading PAD ids of every text: 1 for OPT with pad = eos and no mask.
+        num_padding_at_beginning: leading PAD ids of every text: 1 for OPT with pad = eos, no mask.
         compute_fp32_loss: compute the value head and the loss in float32.
         loss_on: "tokens", a loss at every response token, or "end", at the last (`ranking_loss`).
-        share_prefix: compute a prefix that rows share once, where that is exact (chapter 2). It sets
-            base_model's attention to "prefix_tree", which is sdpa in every other call, so that an
-            actor may share base_model. Continuous batching knows no such name: pass False there.
+        share_prefix: compute a prefix that rows share once, where that is exact (chapter 2). This
+            sets base_model's attention to "prefix_tree", which is sdpa in every call without a
+            tree, so that an actor may share base_model. Continuous batching needs False.
     """
 
     prepare_inputs_for_generation = None  # PEFT reads it with task_type="CAUSAL_LM"
@@ -189,12 +190,12 @@ class RewardModel(nn.Module):
         Args:
             input_ids: (2B, T), B chosen rows, then the B rejected ones. On the CPU nothing is read
                 back from the model's device. Never slice this dimension (nn.DataParallel,
-                accelerate's dispatch_batches): run one process per device, which collates its pairs.
+                accelerate's dispatch_batches): run one process per device, each with its pairs.
             attention_mask: (2B, T), 1 at content. If None, PAD is padding, but attention sees it.
             return_loss: ignored. Trainer evaluates only if it is True by default.
             others: trainers' extras are ignored, any other must be None.
-        Returns loss () and the end scores chosen_mean_scores and rejected_mean_scores (B,), all with
-        gradients. Raises ValueError, which names the argument or row, and the fix.
+        Returns loss () and the end scores chosen_mean_scores and rejected_mean_scores (B,), all
+        with gradients. Raises ValueError, which names the argument or row, and the fix.
         """
         if getattr(self, "_is_replica", False):
             raise ValueError("nn.DataParallel tears pairs apart: launch one process per device")
@@ -263,8 +264,11 @@ class RewardModel(nn.Module):
         return self._score(input_ids=self._send(ids), attention_mask=self._send(visible.long()))
 
     def _score(self, **inputs):
-        """Backbone and value head. If activations are recomputed, which happens outside of this call,
-        switch cuDNN's attention off for the process, as train_reward.py does."""
+        """Backbone and value head.
+
+        Gradient checkpointing recomputes outside of this call: with it, switch cuDNN's attention
+        off for the process, as train_reward.py does.
+        """
         with sdpa_kernel(KERNELS):
             hidden = self.rwtransformer(**inputs, use_cache=False)[0]  # (rows, columns, H)
         return self.v_head(hidden).squeeze(-1)
@@ -353,7 +357,7 @@ def load_weights(path, config, dtype, needs_head):
     if problems:
         fix = "download its files again"
         if "score." in str(problems):
-            fix = "a critic's head is score.weight, one row and no bias; a base model must be trained first"
+            fix = "a critic's head is score.weight, one row and no bias; train a base model first"
         problems = "; ".join(problems[:5])
         raise ValueError(f"the weights in {path} do not match its config.json: {problems}; {fix}")
     return model, has_head
@@ -393,15 +397,16 @@ def create_critic_model(
     share_prefix: bool = True,
     dtype: torch.dtype | None = None,
 ) -> RewardModel:
-    """Make the critic from a pretrained decoder (step 2), or load it from a reward checkpoint (step 3).
+    """Make the critic from a pretrained decoder (step 2), or load a reward checkpoint (step 3).
 
     Args:
         model_name_or_path: a local folder or a hub id; safetensors or pickle, complete or sharded.
         tokenizer: if it has more tokens than a base model, the embeddings grow, to a multiple of 8.
         ds_config: DeepSpeed's; bf16 or fp16 sets the dtype (else float32), stage 3 partitions.
         rlhf_training: require a trained head, from a reward checkpoint of DeepSpeed-Chat
-            (`rwtransformer.*`) or transformers' `AutoModelForSequenceClassification` with one label.
-            Otherwise such a head is trained further, and a base model gets a newly initialised one.
+            (`rwtransformer.*`) or transformers' `AutoModelForSequenceClassification` with one
+            label. Otherwise such a head is trained further, and a base model gets a newly
+            initialised one.
         dropout: in [0, 1), overrides every dropout probability of the config; None leaves them.
         zero_stage: kept from DeepSpeed-Chat; may only repeat the stage in `ds_config`.
         dtype: overrides that of `ds_config`.
@@ -448,10 +453,10 @@ def save_critic_model(
 ) -> None:
     """Write the critic for transformers' `AutoModelForSequenceClassification`, TRL and vLLM.
 
-    Every rank calls it, with a RewardModel or the DeepSpeed engine around it; rank 0 writes, and an
-    error there is raised on every rank. A save that fails or is killed leaves a folder that does not
-    load, and an older critic in it is lost. Raises ValueError, before anything is written, if names
-    and shapes are not a critic's.
+    Every rank calls it, with a RewardModel or the DeepSpeed engine around it; rank 0 writes, and
+    an error there is raised on every rank. A save that fails or is killed leaves a folder that
+    does not load, and an older critic in it is lost. Raises ValueError, before anything is
+    written, if names and shapes are not a critic's.
     """
     model = getattr(model, "module", model)
     if model.PAD_ID == tokenizer.eos_token_id:
@@ -474,7 +479,7 @@ def save_critic_model(
     differing = sorted({key for key, _ in shapes.items() ^ expected.items()})
     if differing:
         raise ValueError(
-            f"not saved as {type(template).__name__}, names or shapes differ: {', '.join(differing[:3])}; "
+            f"not saved as {type(template).__name__}, these differ: {', '.join(differing[:3])}; "
             "merge adapters (merge_and_unload), unwrap a compiled model (_orig_mod), gather FSDP1 "
             "(summon_full_params)"
         )
@@ -498,26 +503,29 @@ def write_folder(folder, template, tokenizer, state):
 
 
 # What a loader would read of an older critic. save_pretrained removes older shards itself.
-OLDER_FILES = """model.safetensors model.safetensors.index.json pytorch_model.bin
-pytorch_model.bin.index.json special_tokens_map.json added_tokens.json chat_template.jinja""".split()
+OLDER_FILES = """
+model.safetensors model.safetensors.index.json pytorch_model.bin pytorch_model.bin.index.json
+special_tokens_map.json added_tokens.json chat_template.jinja
+""".split()
 
 
 # ---- Chapter 2: the prefix tree, and several ranks ----
 
-# Families that a test saw match a padded batch: attention is causal over given position ids, full or
-# in a window, and goes through transformers' AttentionInterface. Others run padded batches: BLOOM and
-# MPT (ALiBi), Llama 4 (chunked), Qwen3-Next (linear), GPT-OSS (sinks), Gemma 2 (soft-capped), ...
+# Families that a test saw match a padded batch: attention is causal over given position ids, full
+# or in a window, and goes through transformers' AttentionInterface. Others run padded batches:
+# BLOOM and MPT (ALiBi), Llama 4 (chunked), Qwen3-Next (linear), GPT-OSS (sinks), Gemma 2
+# (soft-capped), ...
 TREE_FAMILIES = """
 afmoe apertus arcee aria_text axk1 bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3
 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma3n_text
 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox granite granitemoe
-granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2
-jetmoe kolibri1 laguna llama longcat_flash mellum minicpm3 minimax_m2 ministral ministral3 mistral
-mixtral modernbert-decoder moshi nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen2_moe
-qwen2_vl_text qwen2_5_vl_text qwen3 qwen3_moe qwen3_vl_text qwen3_vl_moe_text seed_oss smollm3
-solar_open starcoder2 youtu
+granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder
+jais2 jetmoe kolibri1 laguna llama longcat_flash mellum minicpm3 minimax_m2 ministral ministral3
+mistral mixtral modernbert-decoder moshi nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3
+qwen2 qwen2_moe qwen2_vl_text qwen2_5_vl_text qwen3 qwen3_moe qwen3_vl_text qwen3_vl_moe_text
+seed_oss smollm3 solar_open starcoder2 youtu
 """.split()
-CAUSAL_FROM = 512  # tokens of a row; below, causal blocks split full blocks
+CAUSAL_FROM = 512  # tokens; below, more sdpa calls cost more than causal attention saves
 TREE_ATTENTION = "prefix_tree"  # the name of `tree_attention` in transformers' registry
 
 
@@ -533,8 +541,9 @@ def supports_tree(backbone):
 def tree_rewards(model, ids, visible, needed):
     """`RewardModel._rewards` with each distinct (prefix, token) computed once."""
     tree = PrefixTree(ids, visible, needed, model._send)
-    # The backbone passes unknown keyword arguments down to its attention, so `tree` gets there. Given
-    # a 4-D mask, it builds none. As this one holds integers, sdpa raises an error if `tree` is lost.
+    # The backbone passes unknown keyword arguments down to its attention, so `tree` gets there.
+    # transformers uses a 4-D mask as it is. This one holds integers, so that sdpa raises
+    # an error if `tree` is lost.
     placeholder = torch.ones(1, 1, 1, 1, dtype=torch.long, device=tree.ids.device)
     position_ids = tree.columns
     if model.config.model_type == "opt":
@@ -553,8 +562,9 @@ def tree_rewards(model, ids, visible, needed):
 class Block(NamedTuple):
     """Rows whose attention is one sdpa call: their queries, and their keys from column 0 on.
 
-    A causal block needs no mask, because its queries are its keys. Shorter rows are padded at the end:
-    by repeated queries, of which only the first has its output read, and by keys that it cannot see.
+    A causal block needs no mask, because its queries are its keys. Shorter rows are padded at the
+    end: by repeated queries, of which only the first has its output read, and by keys that it
+    cannot see.
     """
 
     query_nodes: Tensor  # (rows, Q)
@@ -565,9 +575,9 @@ class Block(NamedTuple):
 class PrefixTree:
     """Each distinct (prefix, token) of a batch, once: all that a causal model has to compute.
 
-    A token's hidden state depends only on itself and the tokens before it in its row, so rows with a
-    common prefix share its states. Sorting makes such rows neighbours. A row's tokens from where it
-    first differs from the row above are new; the new tokens of all rows are the N nodes:
+    A token's hidden state depends only on itself and the tokens before it in its row, so rows with
+    a common prefix share its states. Sorting makes such rows neighbours. A row's tokens from where
+    it first differs from the row above are new; the new tokens of all rows are the N nodes:
 
         rows    P Q a b      new    P Q a b      nodes, N = 7    P Q a b c d R
                 P Q a c d           . . . c d    columns         0 1 2 3 3 4 1
@@ -579,7 +589,7 @@ class PrefixTree:
         send: moves a tensor to the model's device.
     Attributes:
         ids: (N,), the packed sequence.
-        columns: (N,), each node's column: its position id, and the last column that it sees.
+        columns: (N,), each node's column: its position id, and the last column that it may see.
         visible: (N,), whether attention may see the node; False at masked padding.
         node_index: (R, E), the node of each token, to read rewards back; arbitrary beyond `needed`.
         blocks: the attention of all distinct rows.
@@ -617,8 +627,8 @@ class PrefixTree:
     def masks(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Tensor | None]:
         """One additive mask per block, (rows, 1, repeats * Q, K): 0 where a key is seen, else -inf.
 
-        None for a causal block without a window. `repeats`: query heads per KV head. Cached, so that
-        autograd keeps one copy for all layers.
+        None for a causal block without a window. `repeats`: query heads per KV head. Cached, so
+        that autograd keeps one copy for all layers.
         """
         layer = window, repeats, dtype
         if layer not in self._masks:
@@ -634,16 +644,15 @@ class PrefixTree:
         seen = self.visible[block.key_nodes][:, None] & (t <= column)  # (rows, Q, K)
         if window is not None:
             seen &= t > column - window
-        mask = torch.zeros(seen.shape, dtype=dtype, device=t.device)
-        return mask.masked_fill_(~seen, -torch.inf).repeat(1, repeats, 1)[:, None]
+        return seen.to(dtype).log().repeat(1, repeats, 1)[:, None]  # log(0) is -inf
 
 
 def make_blocks(nodes, is_new, content, end, on_cpu):
     """Lay out the attention of U rows, such that the output of each node is computed.
 
-    Where more than half of a long row's content is new, causal attention over all of it costs no more
-    than a rectangle of new queries by all keys, and needs no mask. Padding of such a row, which sees
-    its content and no padding, is then a row of its own.
+    Where more than half of a long row's content is new, causal attention over all of it costs no
+    more than a rectangle of new queries by all keys, and needs no mask. Padding of such a row,
+    which sees its content and no padding, then is a span of its own in another block.
 
     Args:
         nodes, is_new: (U, E), the node of each token, and whether the row introduces it.
@@ -653,34 +662,33 @@ def make_blocks(nodes, is_new, content, end, on_cpu):
     Returns the blocks and output_index (N,), as in PrefixTree, on the CPU.
     """
     step = 64 if on_cpu else 1 << 30
-    many = not on_cpu and len(nodes) * content.max() > 8192  # one block would be mostly padding
+    # Counts of new nodes differ, so that one rectangle for many rows would be mostly padding.
+    many = not on_cpu and len(nodes) * content.max() > 8192
     groups = defaultdict(list)
     counts = torch.stack([is_new.sum(1), content, end], 1).tolist()
     for row, (new, length, stop) in enumerate(counts):
-        first = stop - new
-        is_causal = (length >= CAUSAL_FROM or many) and 2 * (length - first) > length
-        spans = [(is_causal, first, stop)]
+        is_causal = (length >= CAUSAL_FROM or many) and 2 * (stop - new) < length
+        spans = [(stop - new, stop)]  # columns of queries
         if is_causal:
-            spans = [(True, 0, length), (False, length, stop)]
-        for is_causal, first, stop in spans:
-            if first < stop:
-                kind = (is_causal, (stop - first) // step, length // step)
-                groups[kind].append((row, first, stop, length))
+            spans = [(0, length), (length, stop)]
+        for first, last in spans:
+            kind = (is_causal and first == 0, (last - first) // step, length // step)
+            if first < last:
+                groups[kind].append((row, first, last, length))
     nodes = F.pad(nodes, (0, 7))  # so that K can round up to a multiple of 8, for the kernels
-    output_index = nodes.new_full([int(is_new.sum())], torch.iinfo(torch.long).max)
     blocks = []
-    offset = 0
-    for (is_causal, *_), group in groups.items():
-        row, first, stop, length = torch.tensor(group, device=nodes.device).T[:, :, None]
-        Q = int((stop - first).max() + 7) // 8 * 8
+    for (causal, *_), group in groups.items():
+        row, first, last, length = torch.tensor(group, device=nodes.device).T[:, :, None]
+        Q = int((last - first).max() + 7) // 8 * 8
         K = int(length.max() + 7) // 8 * 8
         column = first + torch.arange(Q, device=nodes.device)  # (rows, Q)
         paths = nodes[row.squeeze(1)]
-        query_nodes = paths.gather(1, column.minimum(stop - 1))
-        place = torch.arange(offset, offset + query_nodes.numel(), device=nodes.device)
-        output_index.scatter_reduce_(0, query_nodes.flatten(), place, "amin")
-        offset += query_nodes.numel()
-        blocks.append(Block(query_nodes, paths[:, :K], is_causal))
+        blocks.append(Block(paths.gather(1, column.minimum(last - 1)), paths[:, :K], causal))
+    # Of the queries with the same node the first is right: in a row, the others are its padding.
+    queries = torch.cat([block.query_nodes.flatten() for block in blocks])
+    output_index = nodes.new_full([int(is_new.sum())], len(queries))
+    place = torch.arange(len(queries), device=nodes.device)
+    output_index.scatter_reduce_(0, queries, place, "amin")
     return blocks, output_index
 
 
@@ -694,16 +702,19 @@ def tree_attention(
     tree: PrefixTree | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention, the only operation that mixes tokens: queries are a row's new nodes, keys all of its.
+    """Attention, the only operation that mixes tokens: a row's new nodes are queries, all are keys.
 
-    Args: query (1, heads, N, D); key, value (1, KV heads, N, D), grouped as in arXiv:2305.13245; tree,
-        without which this is sdpa; options, the layer's, as the `sliding_window` that a query sees.
-    Returns (1, N, heads, D) with value's D, and no attention weights. Raises ValueError for an option
-    that could change the result and is not known here.
+    Args:
+        query: (1, heads, N, D).
+        key, value: (1, KV heads, N, D), grouped as in arXiv:2305.13245.
+        tree: without it this is sdpa.
+        options: the layer's; `sliding_window` is how many columns a query sees.
+    Returns (1, N, heads, D) with value's D, and no attention weights. Raises ValueError for an
+    option that could change the result and is not known here.
     """
     if tree is None:
         return SDPA(module, query, key, value, attention_mask, **options)
-    # sliding_window=None: full attention (EXAONE 4). No such option: the module's window (Qwen2-MoE).
+    # sliding_window=None: full attention (EXAONE 4). No option: the module's window (Qwen2-MoE).
     window = options.pop("sliding_window", getattr(module, "sliding_window", None))
     settings = {"dropout_p": options.pop("dropout", 0.0), "scale": options.pop("scaling", None)}
     for name, option in options.items():
@@ -776,7 +787,7 @@ def gather_on_rank_0(state):
 
 @functools.cache
 def patient_group(world):
-    """Ranks may wait for hours until rank 0 has written 140 GB. Other collectives keep their timeout."""
+    """Ranks may wait for hours until rank 0 has written 140 GB. Only these waits may be long."""
     return dist.new_group(backend="gloo", timeout=timedelta(hours=6))
 
 

@@ -306,7 +306,6 @@ def test_shapes_and_names(tokenizer):
     assert [value.shape for value in output.values()] == [(), (3,), (3,)]
     output = model.forward_value(ids, mask, prompt_length=2)
     assert not output["values"][mask == 0].any()
-    assert output["chosen_end_scores"].shape == (6,)
     assert model.v_head.weight.shape == (1, 16)
     assert {key.split(".")[0] for key in model.state_dict()} == {"rwtransformer", "v_head"}
 
@@ -332,7 +331,6 @@ BAD_CALLS = {
     "no pairs": ({"input_ids": IDS[:3]}, "input_ids has 3 rows: pass B chosen"),
     "another shape": ({"input_ids": IDS, "attention_mask": IDS[:, 1:]}, r"mask \(4, 8\): pass"),
     "a row of padding": ({"input_ids": IDS * ROW_2_EMPTY}, "row 2 of input_ids is only padding"),
-    "a row masked out": ({"input_ids": IDS, "attention_mask": IDS * ROW_2_EMPTY}, "row 2"),
     "labels as ids": ({"input_ids": IDS - 100}, "index out of range"),
     "a cache": ({"input_ids": IDS, "past_key_values": ()}, "past_key_values: not supported"),
     "no ids": ({"inputs_embeds": IDS}, "inputs_embeds: not supported"),
@@ -531,7 +529,7 @@ def test_any_blocks_equal_the_padded_batch(name, causal_from, on_cpu, tokenizer,
 def test_causal_blocks_pass_no_mask(monkeypatch):
     """But in layers with a window. Hidden padding of a causal row is a row of a masked block."""
     monkeypatch.setattr(critic, "CAUSAL_FROM", 8)
-    ids, mask = pad_rows([[3] * 9, [4] * 7], extra=0)
+    ids, mask = pad_rows([[3] * 9, [4] * 8], extra=0)
     tree = critic.PrefixTree(ids, mask == 1, torch.tensor([9, 9]), torch.Tensor.cpu)
     assert sorted(block.is_causal for block in tree.blocks) == [False, True]
     full, windowed = (tree.masks(window, 1, torch.float32) for window in (None, 8))
@@ -726,8 +724,9 @@ def test_a_saved_critic_and_training_it_further(tokenizer, tmp_path):
 
 # (prefix of the decoder's keys, None for transformers' own; head): transformers, OpenRLHF, OpenRLHF
 # with a name in its config, UltraRM, Beaver; DeepSpeed-Chat, its older spelling, InternLM2.
-HEADS = ("score", "value_head", "my_head", "regression_head", "score_head")
-FORMS = [(None, head) for head in HEADS]
+FORMS = [
+    (None, head) for head in ("score", "value_head", "my_head", "regression_head", "score_head")
+]
 FORMS += [("rwtransformer", "v_head"), ("rwtranrsformer", "v_head"), (None, "v_head")]
 # Masks that old versions of transformers saved.
 OLD_BUFFERS = {"gptj": "bias", "gpt2": "masked_bias", "gpt_neo": "attention.bias"}
@@ -803,7 +802,7 @@ def with_bf16(value):
 STAGE_3 = {"zero_optimization": {"stage": 3}}
 # name: (arguments of create_critic_model, message)
 BAD_ARGUMENTS = {
-    "a base model": ({"rlhf_training": True}, f"missing score.weight; {FIX}; a base model must"),
+    "a base model": ({"rlhf_training": True}, f"missing score.weight; {FIX}; train a base model"),
     "all dropped": ({"dropout": 1.0}, "dropout is 1.0: it must be"),
     "another stage": ({"zero_stage": 3}, "zero_stage is 3, but ds_config has stage 0"),
     "auto": (with_bf16("auto"), 'bf16 in ds_config has "enabled": "auto": write true'),
@@ -931,6 +930,12 @@ def test_a_kill_between_shards_leaves_no_wrong_critic(tokenizer, tmp_path, monke
     assert_same_weights(read_critic(tmp_path), model)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "glm4_moe", "minimax_m2", "granitemoe"])
+def test_experts_of_a_model_that_transformers_loaded_are_saved(family, tokenizer, tmp_path):
+    AutoModel.from_config(tiny_config(family)).save_pretrained(tmp_path)
+    assert_saved(RewardModel(AutoModel.from_pretrained(tmp_path), tokenizer), tokenizer, tmp_path)
+
+
 def test_a_full_disk_leaves_no_wrong_critic(tokenizer, tmp_path):
     model = make_model("llama", tokenizer)
     save_critic_model(model, tokenizer, tmp_path)
@@ -1041,18 +1046,17 @@ def test_prompt_tuning_is_an_error(tokenizer):
         trained(**as_a_batch(some_pairs(3)))
 
 
-def test_the_readmes_lora_and_losses_run_as_printed(tokenizer, tmp_path, monkeypatch):
+def test_the_readmes_lora_runs_as_printed(tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     readme = (HERE / "README.md").read_text()
-    blocks = re.findall(r"```python\n((?:from peft|output = model).*?)```", readme, re.DOTALL)
-    assert len(blocks) == 2
+    blocks = re.findall(r"```python\n(from peft.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 1
     names = {**vars(critic), "tokenizer": tokenizer}
-    names |= {"margin": torch.tensor([0.0, 1.0, 2.0]), "batch": as_a_batch(some_pairs(3))}
+    names["batch"] = as_a_batch(some_pairs(3))
     for block in blocks:
         names["model"] = make_model("llama", tokenizer)
         exec(block, names)  # noqa: S102
-    names["loss"].backward()
     assert read_critic("merged")(**names["batch"])["loss"].isfinite()
 
 
@@ -1111,7 +1115,8 @@ def make_ds_config(stage=0, **overrides):
     """ds_config.json in float32, since many CPUs emulate bf16."""
     config = json.loads((HERE / "ds_config.json").read_text())
     config |= {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": False}}
-    config |= {"zero_optimization": {"stage": stage}, **overrides}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # partition small ones too
+    config |= {"zero_optimization": zero, **overrides}
     return {name: value for name, value in config.items() if value is not None}
 
 
@@ -1345,7 +1350,7 @@ def test_loop_reads_batches_as_single_rows(read_pairs):
 
 HH = "\n\nHuman: Q\n\nAssistant:"
 GROUPS = [
-    [row(f"{HH} 1", f"{HH} 2"), row(f"{HH} 3", f"{HH} 4")],
+    [row(f"{HH} 1", f"{HH} 2"), row(f"{HH} 3\na", f"{HH} 3\nb")],
     [row("\n1", "\n2", prompt="Q"), row("Q\nyes", "Q\nyet")],
     [ROWS["messages"][0], ROWS["complete dialogues"][0], ROWS["ranked messages"][0]],
 ]

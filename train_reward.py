@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Step 2 of RLHF: train a reward model on preference pairs with DeepSpeed. Needs critic.py beside it.
+"""Step 2 of RLHF: train a reward model on preference pairs with DeepSpeed and critic.py.
 
-Without arguments a small critic learns, offline, to tell Python's reference manual from a copy whose
-words are written backwards.
+Without arguments a small critic learns, offline, to tell Python's reference manual from a copy
+in which some words are written backwards.
 """
 
 import argparse
@@ -93,9 +93,7 @@ def fail(problem):
 def start_ranks():
     if "RANK" not in os.environ:  # without a launcher
         if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-            fail(
-                "SLURM started several tasks, of which none has a rank: launch deepspeed or torchrun"
-            )
+            fail("SLURM started several tasks without ranks: launch deepspeed or torchrun")
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT="0")  # any free port
     deepspeed.init_distributed()
@@ -163,14 +161,14 @@ def load_model(args, ds_config):
 
 
 def drop_nulls(item):
-    """Arrow files give every message all keys; templates ask which are there."""
+    """Datasets from Arrow files have all keys in every message; templates ask which are there."""
     if "role" not in item:
         return item
     return {key: value for key, value in item.items() if value is not None}
 
 
 def check(name, value):
-    """Raise ValueError unless value is a text, or a list of messages; a template checks their content."""
+    """Raise ValueError unless value is a text or messages, whose content a template checks."""
     is_message = lambda item: isinstance(item, dict) and isinstance(item.get("role"), str)
     is_messages = isinstance(value, list) and value and all(map(is_message, value))
     is_text = isinstance(value, str) and value.strip()
@@ -278,7 +276,7 @@ def read_pairs(paths, tokenizer, max_seq_len):
 
 
 def read_data(args, tokenizer):
-    """The pairs to train on, and the held-out ones: --eval_path's, or those of a tenth of the prompts."""
+    """The pairs to train on, and the held-out ones: --eval_path's, or a tenth of the prompts."""
     train_pairs = []
     if not args.eval_only:
         train_pairs = read_pairs(args.data_path, tokenizer, args.max_seq_len)
@@ -304,7 +302,7 @@ def count_tokens(pairs):
 
 
 def deal(pairs, ranks):
-    """Give ranks as many pairs and similar token counts: large prompts first, to the lightest rank."""
+    """Give ranks equally many pairs and similar token counts: large prompts first."""
     size = len(pairs) // ranks
     dealt = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -322,7 +320,7 @@ def deal(pairs, ranks):
 
 
 def collate(pairs, pad_id):
-    """(2B, T) each, on the CPU: the model removes padding there and sends the rest to its device."""
+    """(2B, T) each, on the CPU, where the model removes padding before it sends the rest."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     ids = [torch.frombuffer(row, dtype=torch.int32) for row in rows]
     masks = [torch.ones(len(row), dtype=torch.int32) for row in rows]
@@ -350,7 +348,7 @@ def batches_of_rank(pairs, engine, args, pad_id):
 
 
 def demonstration(folder, seed):
-    """Write a small Llama and pairs: passages of Python's manual, and the same with words backwards."""
+    """Write a small Llama and pairs: passages of Python's manual, and some words backwards."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
@@ -430,9 +428,9 @@ def open_metrics(folder):
 def fingerprint(args, ds_config):
     """What a resumed run must have in common with the interrupted one."""
     settings = ds_config | {"number of ranks": dist.get_world_size()}
-    for name in ("model_name_or_path", "seed", "num_train_epochs", "dropout", "loss_on"):
+    names = "model_name_or_path seed num_train_epochs dropout loss_on max_seq_len compute_fp32_loss"
+    for name in names.split():
         settings[name] = getattr(args, name)
-    settings |= {"max_seq_len": args.max_seq_len, "compute_fp32_loss": args.compute_fp32_loss}
     for name in ("data_path", "eval_path"):
         files = [open(path, "rb") for path in getattr(args, name) or []]
         settings[name] = [file_digest(file, "sha256").hexdigest() for file in files]
@@ -455,7 +453,7 @@ def resume_run(engine, folder, settings, file):
 
 
 def save_checkpoint(engine, folder, settings, file):
-    """Write a DeepSpeed checkpoint, rename it once it is complete, and delete all but the newest two."""
+    """Write a checkpoint, rename it once it is complete, and delete all but the newest two."""
 
     def finish():
         (folder / "unfinished" / "run.json").write_text(json.dumps([settings, file.tell()]))
@@ -481,7 +479,7 @@ def log(engine, file, metrics):
 
 
 def pair_metrics(output):
-    """Loss, accuracy (1, or 0.5 for a tie), margin, both scores of each pair: (5, B), on the device."""
+    """Loss, accuracy (0.5 for a tie), margin and both scores per pair: (5, B), on the device."""
     loss, chosen, rejected = (value.detach().double() for value in output.values())
     margin = chosen - rejected
     return torch.stack([loss.expand_as(margin), (margin.sign() + 1) / 2, margin, chosen, rejected])
@@ -503,16 +501,14 @@ def evaluate(engine, pairs, pad_id):
     engine.train()
     dist.all_reduce(results)
     if not results.isfinite().all():
-        fail(
-            f"step {engine.global_steps}: the held-out loss is not finite: check the data and the lr"
-        )
+        fail(f"step {engine.global_steps}: the held-out loss is not finite: check the data, the lr")
     names = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
     means = {f"eval_{name}": mean for name, mean in zip(names, results.mean(1).tolist())}
     return means | {"eval_ties": int((results[1] == 0.5).sum())}
 
 
 def run_batches(engine, batches, seed):
-    """Forward and backward of a step. Returns sums of loss, accuracy and margin (3,), on the device."""
+    """Forward and backward of a step. Returns sums of loss, accuracy and margin: (3,)."""
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches):
         # Dropout depends on seed, step and rank only, so that a resumed run draws the same.
@@ -526,7 +522,7 @@ def run_batches(engine, batches, seed):
 
 
 def check_finite(value, what, folder):
-    """Every rank has the same value."""
+    """Stop unless a value that all ranks share is finite."""
     if not math.isfinite(value):
         newest = newest_checkpoint(folder) or "none, see --save_interval"
         fix = f"check the data, or lower the learning rate; last checkpoint: {newest}"
@@ -534,7 +530,7 @@ def check_finite(value, what, folder):
 
 
 def gradient_norm(engine):
-    """Of the step just taken: None if DeepSpeed does not give it, NaN if it did not take the step."""
+    """Of the last step: None if DeepSpeed does not give it, NaN if it skipped the step."""
     if engine.was_step_applied():
         return engine.get_global_grad_norm()
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
