@@ -306,6 +306,7 @@ def test_shapes_and_names(tokenizer):
     assert [value.shape for value in output.values()] == [(), (3,), (3,)]
     output = model.forward_value(ids, mask, prompt_length=2)
     assert not output["values"][mask == 0].any()
+    assert output["chosen_end_scores"].shape == (6,)
     assert model.v_head.weight.shape == (1, 16)
     assert {key.split(".")[0] for key in model.state_dict()} == {"rwtransformer", "v_head"}
 
@@ -331,6 +332,7 @@ BAD_CALLS = {
     "no pairs": ({"input_ids": IDS[:3]}, "input_ids has 3 rows: pass B chosen"),
     "another shape": ({"input_ids": IDS, "attention_mask": IDS[:, 1:]}, r"mask \(4, 8\): pass"),
     "a row of padding": ({"input_ids": IDS * ROW_2_EMPTY}, "row 2 of input_ids is only padding"),
+    "a row masked out": ({"input_ids": IDS, "attention_mask": IDS * ROW_2_EMPTY}, "row 2"),
     "labels as ids": ({"input_ids": IDS - 100}, "index out of range"),
     "a cache": ({"input_ids": IDS, "past_key_values": ()}, "past_key_values: not supported"),
     "no ids": ({"inputs_embeds": IDS}, "inputs_embeds: not supported"),
@@ -724,9 +726,8 @@ def test_a_saved_critic_and_training_it_further(tokenizer, tmp_path):
 
 # (prefix of the decoder's keys, None for transformers' own; head): transformers, OpenRLHF, OpenRLHF
 # with a name in its config, UltraRM, Beaver; DeepSpeed-Chat, its older spelling, InternLM2.
-FORMS = [
-    (None, head) for head in ("score", "value_head", "my_head", "regression_head", "score_head")
-]
+HEADS = ("score", "value_head", "my_head", "regression_head", "score_head")
+FORMS = [(None, head) for head in HEADS]
 FORMS += [("rwtransformer", "v_head"), ("rwtranrsformer", "v_head"), (None, "v_head")]
 # Masks that old versions of transformers saved.
 OLD_BUFFERS = {"gptj": "bias", "gpt2": "masked_bias", "gpt_neo": "attention.bias"}
@@ -930,12 +931,6 @@ def test_a_kill_between_shards_leaves_no_wrong_critic(tokenizer, tmp_path, monke
     assert_same_weights(read_critic(tmp_path), model)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "glm4_moe", "minimax_m2", "granitemoe"])
-def test_experts_of_a_model_that_transformers_loaded_are_saved(family, tokenizer, tmp_path):
-    AutoModel.from_config(tiny_config(family)).save_pretrained(tmp_path)
-    assert_saved(RewardModel(AutoModel.from_pretrained(tmp_path), tokenizer), tokenizer, tmp_path)
-
-
 def test_a_full_disk_leaves_no_wrong_critic(tokenizer, tmp_path):
     model = make_model("llama", tokenizer)
     save_critic_model(model, tokenizer, tmp_path)
@@ -1050,13 +1045,10 @@ def test_the_readmes_lora_runs_as_printed(tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     readme = (HERE / "README.md").read_text()
-    blocks = re.findall(r"```python\n(from peft.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 1
-    names = {**vars(critic), "tokenizer": tokenizer}
+    block = re.search(r"```python\n(from peft.*?)```", readme, re.DOTALL).group(1)
+    names = {**vars(critic), "tokenizer": tokenizer, "model": make_model("llama", tokenizer)}
     names["batch"] = as_a_batch(some_pairs(3))
-    for block in blocks:
-        names["model"] = make_model("llama", tokenizer)
-        exec(block, names)  # noqa: S102
+    exec(block, names)  # noqa: S102
     assert read_critic("merged")(**names["batch"])["loss"].isfinite()
 
 
@@ -1476,8 +1468,8 @@ def test_loop_makes_the_next_batch_before_it_reads_the_loss(training, tmp_path):
 
 
 def test_loop_a_tie_is_half_right(training, tokenizer, tmp_path):
-    """A head of zeros; 5 pairs on two ranks, of which one has none in the last batch. PAD is EOS and
-    the vocabulary full, as in many a reward model."""
+    """A head of zeros; 5 pairs on two ranks, of which one has none in the last batch. PAD is EOS
+    and the vocabulary full, as in many a reward model."""
     full = longer_by(8, tokenizer)
     full.pad_token = full.eos_token
     model = make_model("llama", full)
