@@ -532,7 +532,8 @@ def check_finite(value, what, folder):
 def gradient_norm(engine):
     """Of the last step: None if DeepSpeed does not give it, NaN if it skipped the step."""
     if engine.was_step_applied():
-        return engine.get_global_grad_norm()
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
         return None  # fp16 skips steps while it seeks its loss scale
     return math.nan
@@ -582,9 +583,7 @@ def main():
         check_finite(loss, f"step {step}: the loss", folder)
         engine.step()
         norm = gradient_norm(engine)
-        if norm is not None:
-            norm = float(norm)
-            check_finite(norm, f"step {step}: the gradient", folder)
+        check_finite(norm or 0.0, f"step {step}: the gradient", folder)
         metrics = {
             "epoch": step / epoch_steps,
             "loss": loss,
