@@ -255,7 +255,9 @@ def read_pairs(paths, tokenizer, max_seq_len):
         while batch := list(itertools.islice(rows, 500)):  # fast tokenizers use threads on a batch
             tokens = tokenize([text for row in batch for text in row.texts], is_text, tokenizer)
             for row in batch:
-                prompt = sha256(row.prompt.strip().encode()).digest()[:8]
+                # HH-RLHF's tag: a prompt that is given may end with it, one that was found does not.
+                name = row.prompt.strip().removesuffix("Assistant:").strip()
+                prompt = sha256(name.encode()).digest()[:8]
                 for chosen, rejected in itertools.combinations([tokens[t] for t in row.texts], 2):
                     if chosen == rejected or max(len(chosen), len(rejected)) > max_seq_len:
                         dropped += 1
