@@ -1177,7 +1177,6 @@ def trained(training):
 
 METRICS = "step epoch loss accuracy margin learning_rate grad_norm skipped_steps pairs_per_second"
 MEANS = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
-EVAL_METRICS = {"eval_ties", *(f"eval_{name}" for name in MEANS)}
 
 
 def read_metrics(output):
@@ -1192,15 +1191,16 @@ def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
     output = trained(2, stage)
     steps, evaluations = read_metrics(output)
     assert set(steps[0]) | {"pairs_per_second"} == set(METRICS.split())
-    assert set(evaluations[0]) == EVAL_METRICS | {"step"}
+    assert set(evaluations[0]) == {"step", "eval_ties", *(f"eval_{name}" for name in MEANS)}
     assert [line["step"] for line in evaluations] == [0, 5, 10, 12]
     assert [line["step"] for line in steps] == list(range(1, 13))
     for line in steps:  # in float32 at ZeRO 0 DeepSpeed does not give the norm
         assert line["grad_norm"] > 0 if stage else line["grad_norm"] is None
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     # An evaluation is the same on one rank, and as computed here with the saved critic.
-    one_rank = read_metrics(trained(1, 0))[1][0]
-    assert evaluations[0] == (one_rank if stage < 3 else pytest.approx(one_rank, abs=1e-5))
+    its_steps, (first, *_) = read_metrics(trained(1, 0))
+    assert evaluations[0] == (first if stage < 3 else pytest.approx(first, abs=1e-5))
+    assert steps[0]["loss"] == pytest.approx(its_steps[0]["loss"], rel=0.2)  # dropout differs
     losses = [line["loss"] for line in read_metrics(trained(2, 0))[0]]
     assert [line["loss"] for line in steps] == pytest.approx(losses, abs=1e-4)
     rows = make_pairs(21, seed=1)
@@ -1342,7 +1342,11 @@ def test_loop_reads_batches_as_single_rows(read_pairs):
 
 HH = "\n\nHuman: Q\n\nAssistant:"
 GROUPS = [
-    [row(f"{HH} 1", f"{HH} 2"), row(f"{HH} 3\na", f"{HH} 3\nb")],
+    [
+        row(f"{HH} 1", f"{HH} 2"),
+        row(f"{HH} 3\na", f"{HH} 3\nb"),
+        row(" 5", " 6", prompt=HH),
+    ],
     [row("\n1", "\n2", prompt="Q"), row("Q\nyes", "Q\nyet")],
     [ROWS["messages"][0], ROWS["complete dialogues"][0], ROWS["ranked messages"][0]],
 ]
@@ -1388,7 +1392,7 @@ def reference_count(pairs):
     return len({row[:end].tobytes() for row in rows for end in range(1, len(row) + 1)})
 
 
-@pytest.mark.parametrize(("ranks", "per_prompt"), [(1, 1), (2, 1), (4, 3), (8, 2)])
+@pytest.mark.parametrize(("ranks", "per_prompt"), [(2, 1), (4, 3), (8, 2)])
 def test_loop_dealing_is_complete_and_reproducible_and_balances(ranks, per_prompt, loop):
     """The fullest rank holds fewer tokens than if pairs were dealt in their order."""
     fullest = 0
@@ -1404,7 +1408,7 @@ def test_loop_dealing_is_complete_and_reproducible_and_balances(ranks, per_promp
         fullest += max(map(reference_count, dealt))
         in_order = [pairs[at : at + 8] for at in range(0, 8 * ranks, 8)]
         fullest_in_order += max(map(reference_count, in_order))
-    assert fullest < fullest_in_order or ranks == 1
+    assert fullest < fullest_in_order
 
 
 def test_loop_dealing_keeps_a_prompt_together(loop):
@@ -1476,7 +1480,7 @@ def test_loop_a_tie_is_half_right(training, tokenizer, tmp_path):
     torch.nn.init.zeros_(model.v_head.weight)
     save_critic_model(model, full, tmp_path / "flat")
     rows = write_rows(tmp_path / "eval.jsonl.gz", make_pairs(5))
-    arguments = training(tmp_path / "out", 3)
+    arguments = training(tmp_path / "out", 3, train_micro_batch_size_per_gpu=1)
     arguments += f"--model_name_or_path {tmp_path}/flat --eval_only --eval_path {rows}"
     found = json.loads(re.search(r'{"eval_loss.*', run_ranks(arguments))[0])
     assert (found["eval_accuracy"], found["eval_ties"]) == (0.5, 5)
@@ -1683,6 +1687,7 @@ def test_loop_a_full_disk_ends_all_ranks(save_interval, training, tmp_path):
     arguments = training(tmp_path / "out", 1) + f"--save_interval {save_interval}"
     printed = run_ranks(arguments, main=train_on_a_full_disk, code=None)
     assert "Traceback" in printed and "critic saved" not in printed
+    assert save_interval or "closed by peer" not in printed  # each rank has rank 0's error
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -1755,7 +1760,7 @@ BAD_ROWS = {
     "JSON within JSON": (b"[" * 100_000, ":1: .*recursion"),
     "no object": ([1], ":1: pass an object with the keys of the README"),
     "a missing key": ({"chosen": "w4"}, f':1: "rejected" is null; {MESSAGES}'),
-    "a number for text": (GOOD | {"rejected": 3}, f':1: "rejected" is 3; {MESSAGES}'),
+    "an empty text": (GOOD | {"rejected": " "}, f':1: "rejected" is " "; {MESSAGES}'),
     "ranked of two kinds": ({"ranked": ["w4", TALK]}, f":1: {MIXED}"),
     "a text before messages": (row(TALK, TALK, prompt="w3"), f":1: {MIXED}"),
     "a message without role": (row([{"content": "w3"}], TALK), f':1: "chosen" is .*; {MESSAGES}'),
@@ -1781,7 +1786,6 @@ BAD_FLAGS = {
     "--data_path {folder}/missing.jsonl": "missing.jsonl",
     "--data_path {folder}/one.jsonl.gz": "0 training pairs and 1 epochs give no step of 4 pairs",
     "--max_seq_len 300": "--max_seq_len is 300, but .* has 256 positions",
-    "--num_train_epochs -1": "21 training pairs and -1 epochs give no step",
     "--dropout 1.5": "dropout is 1.5",
     "--model_name_or_path no/such-model": "huggingface.co",
     "--model_name_or_path {folder}/truncated": "truncated cannot be read",
@@ -1813,7 +1817,7 @@ def bad_input(tokenizer, tmp_path_factory):
     # A checkpoint that cannot be read either; the lock comes first.
     (folder / "used" / "checkpoints" / "step-000000001").mkdir(parents=True)
     with (folder / "used" / "metrics.jsonl").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as ranks that outlive their launcher do
+        fcntl.flock(file, fcntl.LOCK_SH)  # as ranks that outlive their launcher do
         yield folder
 
 
