@@ -483,12 +483,12 @@ def save_critic_model(
             "merge adapters (merge_and_unload), unwrap a compiled model (_orig_mod), gather FSDP1 "
             "(summon_full_params)"
         )
-    write = functools.partial(write_folder, Path(output_dir), template, tokenizer)
-    if dist.is_initialized():  # chapter 2; collective, every rank
+    folder = Path(output_dir)
+    if dist.is_initialized():  # collective: every rank
         whole = gather_on_rank_0(state)
-        on_rank_0(lambda: write(whole))
+        on_rank_0(lambda: write_folder(folder, template, tokenizer, whole))
     else:
-        write(state)
+        write_folder(folder, template, tokenizer, state)
 
 
 def write_folder(folder, template, tokenizer, state):
@@ -546,10 +546,8 @@ def tree_rewards(model, ids, visible, needed):
     # an error if `tree` is lost.
     placeholder = torch.ones(1, 1, 1, 1, dtype=torch.long, device=tree.ids.device)
     position_ids = tree.columns
-    if model.config.model_type == "opt":
-        position_ids = position_ids.where(
-            tree.visible, -1
-        )  # as transformers' OPT at masked padding
+    if model.config.model_type == "opt":  # transformers' OPT gives masked padding position -1
+        position_ids = position_ids.where(tree.visible, -1)
     rewards = model._score(
         input_ids=tree.ids[None],
         position_ids=position_ids[None],
@@ -562,9 +560,9 @@ def tree_rewards(model, ids, visible, needed):
 class Block(NamedTuple):
     """Rows whose attention is one sdpa call: their queries, and their keys from column 0 on.
 
-    A causal block needs no mask, because its queries are its keys. Shorter rows are padded at the
-    end: by repeated queries, of which only the first has its output read, and by keys that it
-    cannot see.
+    A causal block without a window needs no mask, because its queries are its keys. Shorter rows
+    are padded at the end: by copies of the last query, whose outputs are not read, and by keys that
+    the last query does not see.
     """
 
     query_nodes: Tensor  # (rows, Q)
@@ -652,7 +650,7 @@ def make_blocks(nodes, is_new, content, end, on_cpu):
 
     Where more than half of a long row's content is new, causal attention over all of it costs no
     more than a rectangle of new queries by all keys, and needs no mask. Padding of such a row,
-    which sees its content and no padding, then is a span of its own in another block.
+    which sees its content and no padding, is then a span of its own in another block.
 
     Args:
         nodes, is_new: (U, E), the node of each token, and whether the row introduces it.
@@ -787,7 +785,10 @@ def gather_on_rank_0(state):
 
 @functools.cache
 def patient_group(world):
-    """Ranks may wait for hours until rank 0 has written 140 GB. Only these waits may be long."""
+    """Ranks may wait for hours until rank 0 has written 140 GB. Only these waits may be long.
+
+    `world` is the default group, so that a new one gets a new patient group.
+    """
     return dist.new_group(backend="gloo", timeout=timedelta(hours=6))
 
 

@@ -198,7 +198,7 @@ def parse_row(row, tokenizer):
         raise ValueError(f"texts and messages are mixed: {fix}")
     if str in forms:
         texts = [(prompt or "") + response for response in responses.values()]
-        return Row(prompt or find_prompt(texts), texts, is_text=True)
+        return Row(find_prompt(prompt, texts), texts, is_text=True)
     dialogues = [(prompt or []) + response for response in responses.values()]
     tools = row.get("tools")
     if isinstance(tools, str):
@@ -209,8 +209,10 @@ def parse_row(row, tokenizer):
     return Row("".join(os.path.commonprefix(turns)), texts, is_text=False)
 
 
-def find_prompt(texts):
-    """The common prefix of texts, up to HH-RLHF's last "Assistant:" or the last line."""
+def find_prompt(prompt, texts):
+    """The prompt without HH-RLHF's last "Assistant:", or else what the texts share, by lines."""
+    if prompt is not None:
+        return prompt.strip().removesuffix("Assistant:") or prompt
     common = os.path.commonprefix(texts)
     for mark in ("\n\nAssistant:", "\n"):
         if mark in common:
@@ -255,9 +257,7 @@ def read_pairs(paths, tokenizer, max_seq_len):
         while batch := list(itertools.islice(rows, 500)):  # fast tokenizers use threads on a batch
             tokens = tokenize([text for row in batch for text in row.texts], is_text, tokenizer)
             for row in batch:
-                # HH-RLHF's tag: a prompt that is given may end with it, one that was found does not.
-                name = row.prompt.strip().removesuffix("Assistant:").strip()
-                prompt = sha256(name.encode()).digest()[:8]
+                prompt = sha256(row.prompt.strip().encode()).digest()[:8]
                 for chosen, rejected in itertools.combinations([tokens[t] for t in row.texts], 2):
                     if chosen == rejected or max(len(chosen), len(rejected)) > max_seq_len:
                         dropped += 1
@@ -410,7 +410,8 @@ def check_output_dir(folder, args):
         return
     names = on_rank_0(lambda: sorted(os.listdir(folder)) if folder.exists() else [])
     if args.resume:
-        names = [name for name in names if name == "config.json" and not newest_checkpoint(folder)]
+        newest = newest_checkpoint(folder)
+        names = [name for name in names if name == "config.json" and not newest]
     if names:
         fix = "pass another --output_dir, or --resume a run with checkpoints"
         raise ValueError(f"{folder} holds {names[0]}: {fix}")
@@ -434,8 +435,10 @@ def fingerprint(args, ds_config):
     for name in names.split():
         settings[name] = getattr(args, name)
     for name in ("data_path", "eval_path"):
-        files = [open(path, "rb") for path in getattr(args, name) or []]
-        settings[name] = [file_digest(file, "sha256").hexdigest() for file in files]
+        settings[name] = []
+        for path in getattr(args, name) or []:
+            with open(path, "rb") as file:
+                settings[name].append(file_digest(file, "sha256").hexdigest())
     return settings
 
 
@@ -493,9 +496,8 @@ def evaluate(engine, pairs, pad_id):
     size = engine.train_micro_batch_size_per_gpu()
     results = torch.zeros(5, len(pairs), dtype=torch.float64, device=engine.device)
     engine.eval()
-    for start in progress(
-        range(0, len(pairs), size * dist.get_world_size()), desc="evaluating", leave=False
-    ):
+    starts = range(0, len(pairs), size * dist.get_world_size())
+    for start in progress(starts, desc="evaluating", leave=False):
         first = start + dist.get_rank() * size
         mine = pairs[first : first + size]
         output = engine(**collate(mine or pairs[:1], pad_id))  # under ZeRO-3 no rank may be idle
@@ -579,9 +581,7 @@ def main():
         sums = run_batches(engine, batch, args.seed + step * pairs_per_step + dist.get_rank())
         batch = next(batches, None)  # dealt and collated while the device still works
         dist.all_reduce(sums)
-        loss, accuracy, margin = (
-            sums / pairs_per_step
-        ).tolist()  # the one device sync before the step
+        loss, accuracy, margin = (sums / pairs_per_step).tolist()  # the one sync before the step
         check_finite(loss, f"step {step}: the loss", folder)
         engine.step()
         norm = gradient_norm(engine)
