@@ -7,7 +7,6 @@ with them. `pytest -k "not loop"` runs the tests of critic.py alone.
 
 import argparse
 import copy
-import fcntl
 import functools
 import gzip
 import importlib.util
@@ -16,7 +15,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import resource
@@ -127,7 +125,8 @@ llama mistral mixtral qwen2 olmo2 granite cohere qwen3 gemma gpt_bigcode opt gpt
 bloom mpt phi starcoder2 deepseek_v3 qwen2_moe stablelm qwen3_next gemma2 gemma3_text phi3 exaone4
 """
 FAMILIES |= {name: (name, {}) for name in SAME_NAME.split()}
-TREES = [name for name, (family, _) in FAMILIES.items() if family in critic.TREE_FAMILIES]
+TREE_FAMILIES = critic.TREE_FAMILIES.split()
+TREES = [name for name, (family, _) in FAMILIES.items() if family in TREE_FAMILIES]
 
 
 @pytest.fixture(scope="session")
@@ -334,15 +333,15 @@ BAD_CALLS = {
     "a row of padding": ({"input_ids": IDS * ROW_2_EMPTY}, "row 2 of input_ids is only padding"),
     "a row masked out": ({"input_ids": IDS, "attention_mask": IDS * ROW_2_EMPTY}, "row 2"),
     "labels as ids": ({"input_ids": IDS - 100}, "index out of range"),
-    "a cache": ({"input_ids": IDS, "past_key_values": ()}, "past_key_values: not supported"),
-    "no ids": ({"inputs_embeds": IDS}, "inputs_embeds: not supported"),
+    "a cache": ({"input_ids": IDS, "past_key_values": ()}, "argument 'past_key_values'"),
+    "no ids": ({"inputs_embeds": IDS}, "argument 'inputs_embeds'"),
 }
 
 
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_bad_calls_say_what_is_wrong(call, tokenizer):
     arguments, message = BAD_CALLS[call]
-    with pytest.raises((ValueError, IndexError), match=message):
+    with pytest.raises((ValueError, IndexError, TypeError), match=message):
         make_model("llama", tokenizer)(**arguments)
 
 
@@ -359,8 +358,8 @@ def test_bad_arguments_of_the_constructor(tokenizer):
     bare.pad_token = None
     longer = longer_by(8, tokenizer)
     longer.add_special_tokens({"pad_token": "<new>"})
-    fails("the tokenizer has no pad_token_id", llama, tokenizer=bare)
-    fails("PAD.*96.*embedding.*resize_token_embeddings", llama, tokenizer=longer)
+    fails("pad_token_id None of 96.*set tokenizer.pad_token", llama, tokenizer=bare)
+    fails("pad_token_id 96 of 96 embeddings.*resize_token_embeddings", llama, tokenizer=longer)
     fails("loss_on is 'mean'", llama, loss_on="mean")
     fails("has a head: pass its base_model", llama, transformers.AutoModelForCausalLM)
     fails(NO_DECODER, multimodal_config("llava"))
@@ -503,13 +502,13 @@ def test_gradient_checkpointing_changes_no_gradient(kind, tokenizer):
 
 def set_blocks(monkeypatch, causal_from, on_cpu):
     """Causal blocks for rows of `causal_from` tokens and more; a CPU's or an accelerator's."""
-    make_blocks = critic.make_blocks
+    group_spans = critic.group_spans
 
-    def make_such_blocks(*args):
-        return make_blocks(*args[:-1], on_cpu)
+    def group_such_spans(*args):
+        return group_spans(*args[:-1], 64 if on_cpu else 1 << 30)
 
     monkeypatch.setattr(critic, "CAUSAL_FROM", causal_from)
-    monkeypatch.setattr(critic, "make_blocks", make_such_blocks)
+    monkeypatch.setattr(critic, "group_spans", group_such_spans)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
@@ -534,7 +533,7 @@ def test_causal_blocks_pass_no_mask(monkeypatch):
     ids, mask = pad_rows([[3] * 9, [4] * 8], extra=0)
     tree = critic.PrefixTree(ids, mask == 1, torch.tensor([9, 9]), torch.Tensor.cpu)
     assert sorted(block.is_causal for block in tree.blocks) == [False, True]
-    full, windowed = (tree.masks(window, 1, torch.float32) for window in (None, 8))
+    full, windowed = (tree.masks(window, torch.float32) for window in (None, 8))
     for block, *masks in zip(tree.blocks, full, windowed):
         assert [mask is None for mask in masks] == [block.is_causal, False]
 
@@ -606,18 +605,18 @@ def test_every_family(family, tokenizer, tmp_path):
     """From a saved language model: its last hidden state, the tree, saving and loading."""
     language = tiny_language_model(family)
     if language is None:
-        assert family not in critic.TREE_FAMILIES
+        assert family not in TREE_FAMILIES
         return
     language.save_pretrained(tmp_path)
     config_class = type(language.config)
     is_encoder = config_class in transformers.MODEL_FOR_MASKED_LM_MAPPING
     is_encoder |= config_class in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     if is_encoder or family in ("trocr", "prophetnet", "xlnet"):
-        with pytest.raises(ValueError, match=NO_DECODER):
+        with pytest.raises(ValueError, match=f"{NO_DECODER}|does not match its config.json"):
             create_critic_model(str(tmp_path), tokenizer)
         return
     model = create_critic_model(str(tmp_path), tokenizer).eval()
-    assert model.share_prefix == (model.config.model_type in critic.TREE_FAMILIES)
+    assert model.share_prefix == (model.config.model_type in TREE_FAMILIES)
     torch.nn.init.normal_(model.v_head.weight, std=0.1)
     rows = random_rows(1, B=2, pads=False)
     batch = pad_rows(rows, "left")
@@ -705,12 +704,6 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def cut(path, data=None):
-    """Replace a file by its beginning, or by `data`; its folder."""
-    path.write_bytes(path.read_bytes()[:-1000] if data is None else data)
-    return str(path.parent)
-
-
 def test_a_saved_critic_and_training_it_further(tokenizer, tmp_path):
     model = make_model("llama", tokenizer)
     save_critic_model(model, tokenizer, tmp_path)
@@ -718,8 +711,7 @@ def test_a_saved_critic_and_training_it_further(tokenizer, tmp_path):
     score = transformers.pipeline("text-classification", str(tmp_path))("w3 w4")[0]["score"]
     ids = torch.tensor(tokenizer(["w3 w4"])["input_ids"])
     assert score == pytest.approx(end_scores(model, ids, None).item(), abs=1e-5)
-    with pytest.warns(UserWarning, match="has a value head, which is trained further"):
-        further = create_critic_model(str(tmp_path), tokenizer, loss_on="end", share_prefix=False)
+    further = create_critic_model(str(tmp_path), tokenizer, loss_on="end", share_prefix=False)
     assert_same_weights(further, model)
     assert (further.loss_on, further.share_prefix) == ("end", False)
 
@@ -729,27 +721,16 @@ def test_a_saved_critic_and_training_it_further(tokenizer, tmp_path):
 HEADS = ("score", "value_head", "my_head", "regression_head", "score_head")
 FORMS = [(None, head) for head in HEADS]
 FORMS += [("rwtransformer", "v_head"), ("rwtranrsformer", "v_head"), (None, "v_head")]
-# Masks that old versions of transformers saved.
-OLD_BUFFERS = {"gptj": "bias", "gpt2": "masked_bias", "gpt_neo": "attention.bias"}
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "bloom", *OLD_BUFFERS])
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom", "gpt2"])
 @pytest.mark.parametrize(("prefix", "head"), FORMS)
 def test_reward_checkpoints_of_others(prefix, head, name, tokenizer, tmp_path):
     model = make_model(name, tokenizer)
     prefix = prefix or model.rwtransformer.base_model_prefix
     folder = write_deepspeed_chat(tmp_path / "reward", model, prefix, head)
     edit(Path(folder, "config.json"), value_head_prefix=head)
-    if name in OLD_BUFFERS:
-        with_key(f"{prefix}.h.0.attn.{OLD_BUFFERS[name]}", 1, 1, 256, 256)(folder)
     assert_same_weights(read_critic(folder, tokenizer), model)
-
-
-class Payload:
-    """Pickled, it makes the folder `ran` when it is loaded."""
-
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
 
 
 def without(key):
@@ -764,58 +745,43 @@ def with_config(**changes):
     return lambda folder: edit(Path(folder, "config.json"), **changes)
 
 
-def with_weights(data=None):
-    return lambda folder: cut(Path(folder, "pytorch_model.bin"), data)
+def truncated(folder):
+    path = Path(folder, "pytorch_model.bin")
+    path.write_bytes(path.read_bytes()[:-1000])
 
 
 NORM = "rwtransformer.norm.weight"
-FIX = "a critic's head is score.weight, one row and no bias"
+WRONG = "reward does not match its config.json: missing, unexpected or mis-shaped are .*"
+HEAD = ".*a trained head is score.weight, .1, H., without bias"
 # name: (what is done to a reward checkpoint, message)
 BAD_CHECKPOINTS = {
-    "a missing key": (without(NORM), r"reward do not match .*: missing model\.norm\.weight"),
-    "an unexpected key": (with_key("extra", 1), r"unexpected .*extra"),
-    "a mis-shaped key": (with_key(NORM, 3), r"mismatched .*model\.norm\.weight"),
-    "fewer tokens in the config": (with_config(vocab_size=90), "mismatched .*embed_tokens.weight"),
-    "two labels": (with_key("v_head.weight", 2, 32), rf"mismatched .*score\.weight.*; {FIX}"),
-    "a head with a bias": (with_key("v_head.bias", 1), f"unexpected score.bias; {FIX}"),
-    "a pickle with code": (with_weights(pickle.dumps(Payload())), "reward cannot be read"),
-    "a truncated file": (with_weights(), "reward cannot be read, download them again"),
+    "a missing key": (without(NORM), WRONG + "model.norm.weight"),
+    "an unexpected key": (with_key("extra", 1), WRONG + "extra"),
+    "a mis-shaped key": (with_key(NORM, 3), WRONG + "model.norm.weight"),
+    "fewer tokens in the config": (with_config(vocab_size=90), WRONG + "embed_tokens.weight"),
+    "two labels": (with_key("v_head.weight", 2, 32), WRONG + "score.weight" + HEAD),
+    "a head with a bias": (with_key("v_head.bias", 1), WRONG + "score.bias" + HEAD),
+    "a truncated file": (truncated, "failed finding central directory"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
-def test_bad_checkpoints_are_errors(case, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_checkpoints_are_errors(case, tokenizer, tmp_path):
     folder = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
     spoil, message = BAD_CHECKPOINTS[case]
     spoil(folder)
     for needs_head in (True, False):
         if needs_head or not re.search("head|label|unexpected", case):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(Exception, match=message):
                 create_critic_model(folder, tokenizer, rlhf_training=needs_head)
-    assert not Path("ran").exists()
 
 
-def with_bf16(value):
-    return {"ds_config": {"bf16": {"enabled": value}}}
-
-
-STAGE_3 = {"zero_optimization": {"stage": 3}}
-# name: (arguments of create_critic_model, message)
-BAD_ARGUMENTS = {
-    "a base model": ({"rlhf_training": True}, f"missing score.weight; {FIX}; train a base model"),
-    "all dropped": ({"dropout": 1.0}, "dropout is 1.0: it must be"),
-    "another stage": ({"zero_stage": 3}, "zero_stage is 3, but ds_config has stage 0"),
-    "auto": (with_bf16("auto"), 'bf16 in ds_config has "enabled": "auto": write true'),
-    "no launcher": ({"ds_config": STAGE_3}, "ZeRO stage 3, .*: launch with deepspeed"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_bad_arguments_of_create(case, tokenizer, tmp_path):
-    options, message = BAD_ARGUMENTS[case]
-    with pytest.raises(ValueError, match=message):
-        create_critic_model(write_base(tmp_path, "llama", tokenizer), tokenizer, **options)
+def test_bad_arguments_of_create(tokenizer, tmp_path):
+    base = write_base(tmp_path, "llama", tokenizer)
+    with pytest.raises(ValueError, match=r"mis-shaped are \['score.weight'\]" + HEAD):
+        create_critic_model(base, tokenizer, rlhf_training=True)
+    with pytest.raises(RuntimeError, match="LOCAL_RANK"):
+        create_critic_model(base, tokenizer, {"zero_optimization": {"stage": 3}})
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert", "vit", "markuplm", "xlnet"])
@@ -825,7 +791,7 @@ def test_other_models_are_errors(kind, tokenizer, tmp_path):
         create_critic_model(str(tmp_path), tokenizer)
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "mpt", "llama", "falcon", "biogpt"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "llama", "falcon", "biogpt"])
 def test_dropout_overrides_every_field(name, tokenizer, tmp_path):
     AutoModel.from_config(tiny_config(name)).save_pretrained(tmp_path)
     model = create_critic_model(str(tmp_path), tokenizer, dropout=0.35).train()
@@ -837,9 +803,9 @@ def test_dropout_overrides_every_field(name, tokenizer, tmp_path):
 # (arguments of create_critic_model, dtype)
 DTYPES = [
     ({}, torch.float32),
-    (with_bf16(True), torch.bfloat16),
+    ({"ds_config": BF16}, torch.bfloat16),
     ({"ds_config": {"fp16": {"enabled": True}}}, torch.float16),
-    (with_bf16(True) | {"dtype": torch.float16}, torch.float16),
+    ({"ds_config": BF16, "dtype": torch.float16}, torch.float16),
 ]
 
 
@@ -855,8 +821,6 @@ def test_dtype_and_growing_vocabulary(options, dtype, tokenizer, tmp_path):
     loaded = create_critic_model(base, longer, rlhf_training=True, **options)
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     assert_same_weights(loaded, model)
-    with pytest.raises(ValueError, match=f"the tokenizer has more tokens than {base}: use"):
-        read_critic(base, longer_by(20, tokenizer))
 
 
 # ---- saving ----
@@ -867,12 +831,12 @@ def test_a_save_replaces_the_older_critic_and_nothing_else(tokenizer, tmp_path):
     folder = tmp_path / "critic"
     write_deepspeed_chat(folder, model)
     (folder / "special_tokens_map.json").write_text('{"pad_token": "<eos>"}')
-    names = (
+    names = [
         "chat_samples.jsonl",
         "special_cases.csv",
         "added_rows.json",
-        "model_step100.safetensors",
-    )
+        "model_step1.safetensors",
+    ]
     for name in names:
         (folder / name).write_text("the user's")
     other = copy.deepcopy(tokenizer)
@@ -891,15 +855,16 @@ def test_a_save_replaces_the_older_critic_and_nothing_else(tokenizer, tmp_path):
 
 def test_what_cannot_be_saved_says_what_to_do(tokenizer, tmp_path):
     def fails(message, model):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(RuntimeError, match=message) as raised:
             save_critic_model(model, tokenizer, tmp_path / "critic")
+        assert "merge_and_unload, unwrap _orig_mod, or use FSDP1's" in raised.value.__notes__[0]
 
     model = make_model("llama", tokenizer)
-    fails("_orig_mod.*unwrap", torch.compile(model))
+    fails("_orig_mod", torch.compile(model))
     model.rwtransformer.norm.weight = torch.nn.Parameter(torch.ones(16))  # as FSDP1 leaves it
-    fails("differ: model.norm.weight.*FSDP1.*summon_full_params", model)
+    fails("size mismatch for model.norm.weight", model)
     model.rwtransformer.layers[0].lora_A = torch.nn.Parameter(torch.ones(2))
-    fails("lora_A.*; merge adapters .merge_and_unload.", model)
+    fails("lora_A", model)
     assert not (tmp_path / "critic").exists()
 
 
@@ -931,27 +896,13 @@ def test_a_kill_between_shards_leaves_no_wrong_critic(tokenizer, tmp_path, monke
     assert_same_weights(read_critic(tmp_path), model)
 
 
-def test_a_full_disk_leaves_no_wrong_critic(tokenizer, tmp_path):
-    model = make_model("llama", tokenizer)
-    save_critic_model(model, tokenizer, tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a disk with 20 kB left
-    try:
-        with pytest.raises(Exception, match="File too large"):
-            save_critic_model(model, tokenizer, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with pytest.raises((OSError, ValueError)):
-        read_critic(tmp_path)
-
-
 def test_under_a_live_config_of_zero_3(tokenizer, tmp_path):
     """As TrainingArguments(deepspeed=...) keeps one: one process saves and loads whole weights."""
-    pytest.importorskip("deepspeed")
     from transformers.integrations import HfDeepSpeedConfig
 
     model = make_model("llama", tokenizer)
-    alive = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1} | STAGE_3)
+    zero = {"zero_optimization": {"stage": 3}}
+    alive = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1} | zero)
     save_critic_model(model, tokenizer, tmp_path)
     assert_same_weights(read_critic(tmp_path), model)
     del alive
@@ -1012,33 +963,20 @@ def test_transformers_trainer_trains_and_evaluates(tokenizer, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
 
 
-@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"])
-def test_lora_by_peft(task, tokenizer, tmp_path):
+def test_lora_by_peft(tokenizer, tmp_path):
     """The tree is on, and the head trains in full."""
     peft = pytest.importorskip("peft")
     model = make_model("llama", tokenizer)
     batch = as_a_batch(some_pairs(3))
-    options = {
-        "init_lora_weights": False,
-        "modules_to_save": ["v_head"],
-        "target_modules": ["q_proj"],
-    }
-    trained = peft.get_peft_model(model, peft.LoraConfig(task_type=task, **options))
+    options = {"init_lora_weights": False, "modules_to_save": ["v_head"]}
+    trained = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], **options))
     calls = counted(model)
     trained(**batch)["loss"].backward()
     assert calls == [reference_tokens(*batch.values(), "tokens")]
     for name, parameter in trained.named_parameters():
         assert (parameter.grad is not None) == bool(re.search("lora|v_head.*default", name))
-    with pytest.raises(ValueError, match="merge adapters .merge_and_unload."):
+    with pytest.raises(RuntimeError, match="lora"):
         save_critic_model(trained, tokenizer, tmp_path)
-
-
-def test_prompt_tuning_is_an_error(tokenizer):
-    peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2)
-    trained = peft.get_peft_model(make_model("llama", tokenizer), config)
-    with pytest.raises(ValueError, match="inputs_embeds: not supported"):
-        trained(**as_a_batch(some_pairs(3)))
 
 
 def test_the_readmes_lora_runs_as_printed(tokenizer, tmp_path, monkeypatch):
@@ -1169,13 +1107,13 @@ def trained(training):
     def run(ranks, stage):
         output = training.folder / f"{ranks}-{stage}"
         printed = run_ranks(training(output, stage, 4 // ranks), ranks=ranks)
-        assert printed.count("3 steps per epoch; 0 pairs, others") == 1  # only rank 0 prints
+        assert printed.count("48 pairs; dropped 0") == 1  # only rank 0 prints
         return output
 
     return run
 
 
-METRICS = "step epoch loss accuracy margin learning_rate grad_norm skipped_steps pairs_per_second"
+METRICS = "step epoch loss accuracy margin learning_rate grad_norm pairs_per_second"
 MEANS = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
 
 
@@ -1191,7 +1129,7 @@ def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
     output = trained(2, stage)
     steps, evaluations = read_metrics(output)
     assert set(steps[0]) | {"pairs_per_second"} == set(METRICS.split())
-    assert set(evaluations[0]) == {"step", "eval_ties", *(f"eval_{name}" for name in MEANS)}
+    assert set(evaluations[0]) == {"step", *(f"eval_{name}" for name in MEANS)}
     assert [line["step"] for line in evaluations] == [0, 5, 10, 12]
     assert [line["step"] for line in steps] == list(range(1, 13))
     for line in steps:  # in float32 at ZeRO 0 DeepSpeed does not give the norm
@@ -1199,7 +1137,7 @@ def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     # An evaluation is the same on one rank, and as computed here with the saved critic.
     its_steps, (first, *_) = read_metrics(trained(1, 0))
-    assert evaluations[0] == (first if stage < 3 else pytest.approx(first, abs=1e-5))
+    assert evaluations[0] == pytest.approx(first, abs=1e-5)
     assert steps[0]["loss"] == pytest.approx(its_steps[0]["loss"], rel=0.2)  # dropout differs
     losses = [line["loss"] for line in read_metrics(trained(2, 0))[0]]
     assert [line["loss"] for line in steps] == pytest.approx(losses, abs=1e-4)
@@ -1246,6 +1184,7 @@ NEWLINE = "{{ '\\n' }}"
 def loop():
     import train_reward
 
+    train_reward.progress = lambda items, **options: items  # here are no ranks
     return train_reward
 
 
@@ -1291,7 +1230,6 @@ WITH_TOOLS = f'{CALLED} > [{{"name": "look"}}] u:Q;a:no;'
 # name: (row, texts between BOS and EOS)
 ROWS = {
     "texts": (row(" yes", " no", prompt="Q:"), "Q: yes > Q: no"),
-    "a prompt of whitespace": (row("yes", "no", prompt="\n"), "\nyes > \nno"),
     "complete texts": (row("Q: yes", "Q: no", other=1), "Q: yes > Q: no"),
     "null": (row("Q: yes", "Q: no", prompt=None, ranked=None), "Q: yes > Q: no"),
     "odd text": (row("NUL \0", "\u05dd", prompt="\u200d"), "\u200dNUL \0 > \u200d\u05dd"),
@@ -1329,25 +1267,13 @@ def test_loop_trains_what_the_template_renders(end, read_pairs, chat_tokenizer, 
         texts = [text + "<eos>" for text in texts]
     (pair,) = read_pairs([row(YES, NO, prompt=Q)])
     assert tokens_of(pair) == chat_tokenizer(texts, add_special_tokens=False)["input_ids"]
-    assert pair.shared == len(os.path.commonprefix(tokens_of(pair)))
+    both = len(pair.chosen) + len(pair.rejected)
+    assert pair.tokens == both - len(os.path.commonprefix(tokens_of(pair)))
 
 
-def test_loop_reads_batches_as_single_rows(read_pairs):
-    """Rows of text and of messages mixed, more than a batch."""
-    rows = [given for given, _ in ROWS.values()]
-    single = {id(row): read_pairs([row]) for row in rows}
-    many = random.Random(0).choices(rows, k=700) + rows[:1] * 600
-    assert read_pairs(many) == [pair for row in many for pair in single[id(row)]]
-
-
-HH = "\n\nHuman: Q\n\nAssistant:"
 GROUPS = [
-    [
-        row(f"{HH} 1", f"{HH} 2"),
-        row(f"{HH} 3\na", f"{HH} 3\nb"),
-        row(" 5", " 6", prompt=HH),
-    ],
-    [row("\n1", "\n2", prompt="Q"), row("Q\nyes", "Q\nyet")],
+    [row("Q\nA: 1", "Q\nA: 2"), row("A: 3", "A: 4", prompt="Q\n")],
+    [row("\n1", "\n2", prompt="R"), row("R\nyes", "R\nyet")],
     [ROWS["messages"][0], ROWS["complete dialogues"][0], ROWS["ranked messages"][0]],
 ]
 
@@ -1365,7 +1291,7 @@ def test_loop_counts_what_is_dropped_and_what_has_no_prompt(read_pairs, capsys):
     assert len(read_pairs(rows, 256)) == 601
     printed = capsys.readouterr().out
     assert "601 pairs; dropped 2 that are identical or longer than 256 tokens" in printed
-    assert "warning: 600 pairs have no prompt or common prefix" in printed
+    assert "600 rows have no prompt or common prefix" in printed
 
 
 def draw_ids(rng, mean):
@@ -1382,14 +1308,9 @@ def draw_pairs(loop, count, per_prompt, seed=0):
             shared = array("i", [prompt]) + draw_ids(rng, 60)
         chosen = shared + array("i", [2 * number]) + draw_ids(rng, 30)
         rejected = shared + array("i", [2 * number + 1]) + draw_ids(rng, 30)
-        pairs.append(loop.Pair(prompt, chosen, rejected, len(shared)))
+        tokens = len(chosen) + len(rejected) - len(shared)
+        pairs.append(loop.Pair(prompt, chosen, rejected, tokens))
     return pairs
-
-
-def reference_count(pairs):
-    """How many distinct (prefix, token) the pairs have."""
-    rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
-    return len({row[:end].tobytes() for row in rows for end in range(1, len(row) + 1)})
 
 
 @pytest.mark.parametrize(("ranks", "per_prompt"), [(2, 1), (4, 3), (8, 2)])
@@ -1399,15 +1320,13 @@ def test_loop_dealing_is_complete_and_reproducible_and_balances(ranks, per_promp
     fullest_in_order = 0
     for seed in range(20):
         pairs = draw_pairs(loop, 8 * ranks, per_prompt, seed)
-        one_prompt = pairs[:per_prompt]
-        assert loop.count_tokens(one_prompt) == reference_count(one_prompt)
         dealt = loop.deal(pairs, ranks)
         assert dealt == loop.deal(list(pairs), ranks)
         assert [len(part) for part in dealt] == [8] * ranks
         assert sorted(itertools.chain(*dealt)) == sorted(pairs)
-        fullest += max(map(reference_count, dealt))
+        fullest += max(sum(pair.tokens for pair in part) for part in dealt)
         in_order = [pairs[at : at + 8] for at in range(0, 8 * ranks, 8)]
-        fullest_in_order += max(map(reference_count, in_order))
+        fullest_in_order += max(sum(pair.tokens for pair in part) for part in in_order)
     assert fullest < fullest_in_order
 
 
@@ -1416,7 +1335,7 @@ def test_loop_dealing_keeps_a_prompt_together(loop):
     pairs = []
     for prompt in (0, 1, 1, 1, 2, 2, 3, 4):
         chosen = array("i", range(200 // (1 + 3 * prompt)))
-        pairs.append(loop.Pair(prompt, chosen, array("i", [99]), 0))
+        pairs.append(loop.Pair(prompt, chosen, array("i", [99]), len(chosen) + 1))
     prompts = [[pair.prompt for pair in part] for part in loop.deal(pairs, 2)]
     assert prompts == [[0, 2, 2, 4], [1, 1, 1, 3]]
 
@@ -1446,7 +1365,7 @@ def test_loop_batches_of_each_rank(loop, monkeypatch):
 def test_loop_holds_out_a_tenth_of_the_prompts(loop, monkeypatch):
     pairs = draw_pairs(loop, 100, 2)
     monkeypatch.setattr(loop, "read_pairs", mock.Mock(return_value=pairs))
-    parts = loop.read_data(mock.Mock(eval_only=False, eval_path=None), None)
+    parts = loop.read_data(mock.Mock(eval_path=None), None)
     assert [len(part) for part in parts] == [90, 10]
     assert not set.intersection(*({pair.prompt for pair in part} for part in parts))
 
@@ -1471,9 +1390,12 @@ def test_loop_makes_the_next_batch_before_it_reads_the_loss(training, tmp_path):
     run_ranks(training(tmp_path / "out"), main=train_and_record, ranks=1)
 
 
-def test_loop_a_tie_is_half_right(training, tokenizer, tmp_path):
-    """A head of zeros; 5 pairs on two ranks, of which one has none in the last batch. PAD is EOS
-    and the vocabulary full, as in many a reward model."""
+NO_EPOCHS = "--num_train_epochs 0"
+
+
+def test_loop_without_epochs_only_evaluates(training, tokenizer, tmp_path):
+    """A head of zeros, where all are ties; 5 pairs on two ranks, of which one has none in the last
+    batch. PAD is EOS and the vocabulary full, as in many a reward model."""
     full = longer_by(8, tokenizer)
     full.pad_token = full.eos_token
     model = make_model("llama", full)
@@ -1481,15 +1403,15 @@ def test_loop_a_tie_is_half_right(training, tokenizer, tmp_path):
     save_critic_model(model, full, tmp_path / "flat")
     rows = write_rows(tmp_path / "eval.jsonl.gz", make_pairs(5))
     arguments = training(tmp_path / "out", 3, train_micro_batch_size_per_gpu=1)
-    arguments += f"--model_name_or_path {tmp_path}/flat --eval_only --eval_path {rows}"
-    found = json.loads(re.search(r'{"eval_loss.*', run_ranks(arguments))[0])
-    assert (found["eval_accuracy"], found["eval_ties"]) == (0.5, 5)
-    assert not (tmp_path / "out").exists()
+    run_ranks(f"{arguments} --model_name_or_path {tmp_path}/flat --eval_path {rows} {NO_EPOCHS}")
+    steps, [found] = read_metrics(tmp_path / "out")
+    assert (steps, found["step"], found["eval_accuracy"]) == ([], 0, 0.5)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_loop_trains_a_reward_model_further(trained, training, tmp_path):
     arguments = training(tmp_path / "out") + f"--model_name_or_path {trained(1, 0)}"
-    assert "has a value head, which is trained further" in run_ranks(arguments, ranks=1)
+    run_ranks(arguments, ranks=1)
     before = read_metrics(trained(1, 0))[1][-1]["eval_loss"]
     after = read_metrics(tmp_path / "out")[1]
     assert after[0]["eval_loss"] == pytest.approx(before, abs=1e-6)
@@ -1571,10 +1493,10 @@ def test_loop_fsdp_saves_the_same_weights(tokenizer, tmp_path):
     run_ranks(main=functools.partial(save_under_fsdp, str(tmp_path)))
 
 
-def test_loop_slurm_without_ranks_is_an_error(loop, monkeypatch):
+def test_loop_without_a_launcher_is_an_error(loop, monkeypatch):
+    """Also under srun."""
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    with pytest.raises(SystemExit, match="deepspeed or torchrun"):
+    with pytest.raises(SystemExit, match="run deepspeed train_reward.py, or torchrun"):
         loop.start_ranks()
 
 
@@ -1653,8 +1575,7 @@ def test_loop_a_killed_run_resumes_bitwise_identical(stage, trained, training):
     assert names == ["step-000000010", "step-000000012"]
 
 
-DIFFERENT = """data_path eval_path seed dropout loss_on compute_fp32_loss max_seq_len scheduler
-gradient_accumulation_steps gradient_clipping"""
+DIFFERENT = "data seed dropout loss_on compute_fp32_loss max_seq_len deepspeed_config"
 
 
 def test_loop_resume_of_another_run_is_an_error(trained, training, tmp_path):
@@ -1669,8 +1590,9 @@ def test_loop_resume_of_another_run_is_an_error(trained, training, tmp_path):
     config = write_ds_config(tmp_path / "ds.json", gradient_clipping=0.5)
     printed = run_ranks(f"{arguments} --deepspeed_config {config}", ranks=1, code=1)
     assert "checkpoints/step-000000012; if it cannot be read, delete it" in printed
-    named = re.search("--resume: (.*) changed since .*step-000000012: undo that", printed)[1]
-    assert sorted(named.split(", ")) == sorted([*DIFFERENT.split(), "number of ranks"])
+    named = re.search("--resume: .(.*). changed since .*step-000000012: undo that", printed)[1]
+    expected = [*DIFFERENT.split(), "number of ranks"]
+    assert sorted(named.split(", ")) == sorted(map(repr, expected))
     assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
 
 
@@ -1749,25 +1671,23 @@ def test_loop_errors_of_the_code_keep_their_traceback(training, tmp_path):
 
 GOOD = row(" w4 w1", " w5 w2", prompt="w3")
 TALK = [message("w3")]
-MESSAGES = r'pass a text, or a list of {"role", "content"} messages'
-MIXED = 'texts and messages are mixed: delete "prompt" where the dialogues are complete'
+FORMS = ':1: pass "chosen" and "rejected", or "ranked", with or without "prompt": all texts, or'
 # name: (row, or bytes of the file, message)
 BAD_ROWS = {
-    "an empty file": (b"", "no pairs remain"),
     "broken UTF-8": (b'{"chosen": "\xff"}\n', ":1: .*utf-8"),
-    "a lone surrogate": (b'{"chosen": "\\ud800 a", "rejected": "b"}\n', ":1: .*surrogates"),
+    "a lone surrogate": (b'{"chosen": "\\ud800 a", "rejected": "b"}\n', ":1: "),
     "broken JSON": (b"\n" * 6 + b"{,}\n", ":7: Expecting property name"),
     "JSON within JSON": (b"[" * 100_000, ":1: .*recursion"),
-    "no object": ([1], ":1: pass an object with the keys of the README"),
-    "a missing key": ({"chosen": "w4"}, f':1: "rejected" is null; {MESSAGES}'),
-    "an empty text": (GOOD | {"rejected": " "}, f':1: "rejected" is " "; {MESSAGES}'),
-    "ranked of two kinds": ({"ranked": ["w4", TALK]}, f":1: {MIXED}"),
-    "a text before messages": (row(TALK, TALK, prompt="w3"), f":1: {MIXED}"),
-    "a message without role": (row([{"content": "w3"}], TALK), f':1: "chosen" is .*; {MESSAGES}'),
-    "a prompt without role": (row(TALK, TALK, prompt=[{}]), f':1: "prompt" is .*; {MESSAGES}'),
+    "no object": ([1], ":1: cannot convert"),
+    "a missing key": ({"chosen": "w4"}, FORMS),
+    "an empty text": (GOOD | {"rejected": " "}, FORMS),
+    "one ranked": ({"ranked": ["w4"]}, FORMS),
+    "ranked of two kinds": ({"ranked": ["w4", TALK]}, FORMS),
+    "a text before messages": (row(TALK, TALK, prompt="w3"), FORMS),
+    "a message without role": (row([{"content": "w3"}], TALK), FORMS),
+    "a prompt without role": (row(TALK, TALK, prompt=[{}]), FORMS),
     "a long complaint": (row([message("w3", "robot " * 99)], TALK), ":1: role robot.{100,150}$"),
     "tools that are no JSON": (row(TALK, TALK, tools="w3"), ":1: Expecting value"),
-    "only identical pairs": (row("w4", "w4"), "no pairs remain .dropped 1"),
 }
 
 
@@ -1780,23 +1700,17 @@ def test_loop_bad_rows_are_named(case, loop, chat_tokenizer, tmp_path):
         loop.read_pairs([str(path)], chat_tokenizer, 256)
 
 
-CONFIG = "--deepspeed_config {folder}"
 # flags, added to others unless they begin with "only": message
 BAD_FLAGS = {
     "--data_path {folder}/missing.jsonl": "missing.jsonl",
-    "--data_path {folder}/one.jsonl.gz": "0 training pairs and 1 epochs give no step of 4 pairs",
+    "--data_path {folder}/one.jsonl.gz": "0 training pairs give no step of 4: pass more",
     "--max_seq_len 300": "--max_seq_len is 300, but .* has 256 positions",
-    "--dropout 1.5": "dropout is 1.5",
     "--model_name_or_path no/such-model": "huggingface.co",
-    "--model_name_or_path {folder}/truncated": "truncated cannot be read",
     "--model_name_or_path {folder}/no-eos": "the tokenizer has no EOS token",
-    "--eval_only --eval_path {folder}/good.jsonl.gz": "score.weight",
-    "--output_dir {folder}/used": "used holds checkpoints: pass another --output_dir, or --resume",
-    "--output_dir {folder}/used --resume": "another run is writing to .*used: end it first",
+    "--output_dir {folder}/used": "used holds metrics.jsonl: pass another --output_dir",
     "--output_dir {folder}/base --resume": "base holds config.json: pass another --output_dir",
-    f"{CONFIG}/missing.json": "missing.json: pass JSON for DeepSpeed",
-    f"{CONFIG}/used/metrics.jsonl": "metrics.jsonl: pass JSON for DeepSpeed",
-    f"{CONFIG}/no-optimizer": "add an optimizer, as in ds_config.json",
+    "--deepspeed_config {folder}/missing.json": "missing.json",
+    "--deepspeed_config {folder}/used/metrics.jsonl": "Expecting value",
     "only --data_path {folder}/good.jsonl.gz": "give --model_name_or_path and --data_path",
     "only --model_name_or_path {folder}/base": "give --model_name_or_path and --data_path",
 }
@@ -1804,21 +1718,17 @@ BAD_FLAGS = {
 
 @pytest.fixture(scope="session")
 def bad_input(tokenizer, tmp_path_factory):
-    """A folder with what BAD_FLAGS name; another process writes to its folder `used`."""
+    """A folder with what BAD_FLAGS name."""
     folder = tmp_path_factory.mktemp("bad")
-    for name in ("base", "truncated", "no-eos"):
+    for name in ("base", "no-eos"):
         write_base(folder / name, "llama", tokenizer)
-    cut(folder / "truncated" / "model.safetensors")
     edit(folder / "no-eos" / "tokenizer_config.json", eos_token=None)
     write_rows(folder / "good.jsonl.gz", make_pairs(24))
     write_rows(folder / "one.jsonl.gz", [GOOD])
     write_ds_config(folder / "ds_config")
-    write_ds_config(folder / "no-optimizer", optimizer=None)
-    # A checkpoint that cannot be read either; the lock comes first.
-    (folder / "used" / "checkpoints" / "step-000000001").mkdir(parents=True)
-    with (folder / "used" / "metrics.jsonl").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # as ranks that outlive their launcher do
-        yield folder
+    (folder / "used").mkdir()
+    (folder / "used" / "metrics.jsonl").touch()
+    return folder
 
 
 @pytest.mark.parametrize("words", BAD_FLAGS)
@@ -1826,7 +1736,7 @@ def test_loop_bad_input_is_one_line_and_changes_nothing(words, bad_input):
     usual = "--model_name_or_path {folder}/base --data_path {folder}/good.jsonl.gz "
     usual += "--output_dir {folder}/out --deepspeed_config {folder}/ds_config --max_seq_len 64 "
     arguments = words[5:] if words.startswith("only ") else usual + words
-    printed = run_ranks(arguments.format(folder=bad_input), ranks=None, code=None)
+    printed = run_ranks(arguments.format(folder=bad_input), ranks=1, code=None)
     assert "train_reward.py: error: " in printed and "Traceback" not in printed, printed
     assert re.search(BAD_FLAGS[words], printed), printed
     assert not (bad_input / "out").exists()
@@ -1836,8 +1746,6 @@ def test_loop_bad_input_is_one_line_and_changes_nothing(words, bad_input):
 # ---- the benchmark: python test_critic.py [--only long] ----
 
 SIZES = {
-    "small": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6}
-    | {"num_attention_heads": 9, "num_key_value_heads": 3},
     "long": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2}
     | {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 16384},
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
@@ -1882,20 +1790,14 @@ def cases_of_dialogues(options):
         responses = [prompt + [20 + k] + random_ids(rng, 63) for k in range(4)]
         ranked += itertools.combinations(responses, 2)
     ranked = as_batches(ranked, 12)
-    samples = [
-        pad_rows([row for pair in samples_of_prompt(rng, 256, 64) for row in pair], extra=0)
-    ] * 3
+    shared = random_ids(rng, 256)
+    samples = [pad_rows([shared + random_ids(rng, 64) for _ in range(8)], extra=0)] * 3
     return {
         "pairs in random order": ("tokens", in_order, in_order),
         "the same, padded batches of like length": ("tokens", by_length, in_order),
         "all 6 pairs of 4 responses, 2 prompts": ("tokens", ranked, ranked),
         "8 samples of a prompt scored, no gradient": (None, samples, samples),
     }
-
-
-def samples_of_prompt(rng, prompt, response):
-    shared = random_ids(rng, prompt)
-    return [[shared + random_ids(rng, response) for _ in SIDES] for _ in range(4)]
 
 
 def cases_of_long_rows(options):
@@ -1958,23 +1860,21 @@ def benchmark_steps(model, cases, options):
 
 def benchmark_masks():
     """Print the GiB of all masks for 8 pairs of about 16k tokens, on a device without data."""
-    print("\n| query heads per KV head | padded batch's mask, GiB | tree's masks, GiB |")
-    print("| --- | --- | --- |")
+    print("\n| padded batch's mask, GiB | tree's masks, GiB |\n| --- | --- |")
     pairs = pairs_of_lengths(random.Random(0), 8, 12000, 4000, 0.05)
     [(ids, mask)] = as_batches(pairs, 8)
     ids, visible, _, length = critic.align(ids, mask, PAD)
     tree = critic.PrefixTree(ids, visible, length, lambda x: x.to("meta"))
     padded = ids.size(0) * ids.size(1) ** 2  # one byte each, for all heads
-    for repeats in (4, 8):
-        masks = [mask for mask in tree.masks(None, repeats, torch.bfloat16) if mask is not None]
-        size = sum(mask.numel() * mask.element_size() for mask in masks)
-        print(f"| {repeats} | {padded / 2**30:.1f} | {size / 2**30:.1f} |")
+    masks = [mask for mask in tree.masks(None, torch.bfloat16) if mask is not None]
+    size = sum(mask.numel() * mask.element_size() for mask in masks)
+    print(f"| {padded / 2**30:.1f} | {size / 2**30:.1f} |")
 
 
 def benchmark():
     parser = argparse.ArgumentParser(description="Ratios, measured side by side in one run.")
     parser.add_argument("--only", choices=["steps", "long"])
-    parser.add_argument("--size", default="small", choices=SIZES, help="of the model for steps")
+    parser.add_argument("--size", default="long", choices=SIZES, help="of the model for steps")
     parser.add_argument("--batch", type=int, default=8, help="pairs per batch for steps")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
