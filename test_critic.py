@@ -1682,6 +1682,8 @@ BAD_ROWS = {
     "a missing key": ({"chosen": "w4"}, FORMS),
     "an empty text": (GOOD | {"rejected": " "}, FORMS),
     "one ranked": ({"ranked": ["w4"]}, FORMS),
+    "a ranked text": ({"ranked": "w4"}, FORMS),
+    "only identical pairs": (row("w4", "w4"), "no pairs remain"),
     "ranked of two kinds": ({"ranked": ["w4", TALK]}, FORMS),
     "a text before messages": (row(TALK, TALK, prompt="w3"), FORMS),
     "a message without role": (row([{"content": "w3"}], TALK), FORMS),

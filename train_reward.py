@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Step 2 of RLHF: train a reward model on preference pairs with DeepSpeed and critic.py.
 
-Without arguments a small critic learns, offline, to prefer Python's manual to it in Title Case.
+Without arguments a small critic learns, offline, to prefer Python's manual to Title Case.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
     prompt: bytes  # a hash
     chosen: array  # token ids
     rejected: array
-    tokens: int  # where the common prefix counts once
+    tokens: int  # of both, the common prefix once: what the pair costs
 
 
 def parse_args():
@@ -78,8 +78,7 @@ def start_ranks():
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, only rank 0 prints
     logging.set_verbosity_error()  # else transformers warns that the head is newly initialised
-    # Also where activations are recomputed: cuDNN's attention gives NaN gradients (pytorch#196678).
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # also where activations are recomputed
 
 
 def progress(items, **options):
@@ -117,34 +116,35 @@ def is_response(value):
 
 
 def encode_row(row, tokenizer):
-    """Returns what the pairs of a prompt share, and token ids with EOS, best response first."""
+    """Returns the prompt, given or found, and token ids with EOS, best response first."""
     prompt = row.get("prompt")
     responses = row.get("ranked") or [row.get("chosen"), row.get("rejected")]
     parts = [prompt, *responses] if prompt else responses
     kinds = {type(part) for part in parts}
-    if len(responses) < 2 or len(kinds) > 1 or not all(map(is_response, parts)):
+    is_good = isinstance(responses, list) and len(kinds) == 1 and all(map(is_response, parts))
+    if not is_good or len(responses) < 2:
         raise ValueError(FORMS)
-    texts = responses
+    complete = responses
     if prompt:
-        texts = [prompt + response for response in responses]
+        complete = [prompt + response for response in responses]
+    texts = complete
     is_text = kinds == {str}
     if is_text:
         common = os.path.commonprefix(texts)
         found = prompt or common.rpartition("\n")[0] or common
     else:
-        found = str(prompt or texts[0][:-1])
+        found = str(prompt or complete[0][:-1] or "")
         tools = row.get("tools")
-        if isinstance(tools, str):
-            tools = json.loads(tools)
+        tools = json.loads(tools) if isinstance(tools, str) else tools
         options = {"tools": tools, "tokenize": False}
-        texts = [tokenizer.apply_chat_template(messages, **options) for messages in texts]
+        texts = [tokenizer.apply_chat_template(messages, **options) for messages in complete]
     rows = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=is_text)["input_ids"]  # a template writes BOS
         has_eos = ids[-1:] == [tokenizer.eos_token_id]
         if not has_eos and not text.rstrip().endswith(tokenizer.eos_token):
             ids.append(tokenizer.eos_token_id)
-        rows.append(array("i", ids))  # 4 bytes per token
+        rows.append(array("i", ids))
     return found, rows
 
 
@@ -168,8 +168,8 @@ def read_pairs(paths, tokenizer, max_seq_len):
     dropped = 0
     without_prompt = 0
     for found, rows in read_rows(paths, tokenizer):
-        prompt = sha256(found.strip().encode()).digest()
-        without_prompt += not found
+        prompt = sha256(found.strip().encode() or rows[0]).digest()
+        without_prompt += not found.strip()
         for chosen, rejected in itertools.combinations(rows, 2):
             if chosen == rejected or max(len(chosen), len(rejected)) > max_seq_len:
                 dropped += 1
@@ -181,7 +181,9 @@ def read_pairs(paths, tokenizer, max_seq_len):
         f"{max_seq_len} tokens; {without_prompt} rows have no prompt or common prefix",
         flush=True,
     )
-    return pairs
+    if pairs:
+        return pairs
+    raise ValueError(f"{paths}: no pairs remain: pass more, or raise --max_seq_len")
 
 
 def read_data(args, tokenizer):
@@ -195,7 +197,7 @@ def read_data(args, tokenizer):
 
 
 def deal(pairs, ranks):
-    """Give ranks equally many pairs and similar token counts; a prompt's pairs stay together."""
+    """Give ranks equally many pairs and similar token counts; prompts are split only to fit."""
     size = len(pairs) // ranks
     dealt = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -264,10 +266,9 @@ def demonstration(folder):
 
 
 def make_engine(model, ds_config, pairs, args):
-    """Returns the engine and the steps per epoch."""
     pairs_per_step = DeepSpeedConfig(ds_config).train_batch_size
     epoch_steps = len(pairs) // pairs_per_step  # the remaining pairs are others in each epoch
-    if not epoch_steps:
+    if args.num_train_epochs and not epoch_steps:
         raise ValueError(f"{len(pairs)} training pairs give no step of {pairs_per_step}: pass more")
     schedule = ds_config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
@@ -281,7 +282,7 @@ def newest_checkpoint(folder):
 
 
 def check_output_dir(folder, resume):
-    """Raise ValueError if the folder holds a run, but for the one to resume."""
+    """Raise ValueError if the folder holds a run, unless --resume can continue or restart it."""
     found = [name for name in ("config.json", "metrics.jsonl") if (folder / name).exists()]
     if found and not (resume and (newest_checkpoint(folder) or found == ["metrics.jsonl"])):
         fix = "pass another --output_dir, or --resume a run with checkpoints"
@@ -300,7 +301,7 @@ def fingerprint(args, ds_config):
 
 
 def resume_run(engine, folder, settings):
-    """Load the newest checkpoint, if any, and cut metrics.jsonl to the lines that it knows."""
+    """Load the newest checkpoint and cut metrics.jsonl to its lines; without one, delete it."""
     newest = on_rank_0(newest_checkpoint, folder)
     if newest is None:
         on_rank_0(Path.unlink, folder / "metrics.jsonl", True)  # of a run without checkpoints
@@ -391,12 +392,12 @@ def check_finite(value, what, folder):
 
 
 def gradient_norm(engine):
-    """Of the last step: None if DeepSpeed does not give it, NaN if it skipped the step."""
+    """Of the last step. None: not given, or fp16 seeks its scale. NaN: the step was skipped."""
     if engine.was_step_applied():
         norm = engine.get_global_grad_norm()
         return None if norm is None else float(norm)
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
-        return None  # fp16 skips steps while it seeks its loss scale
+        return None
     return math.nan
 
 
@@ -417,15 +418,15 @@ def main():
         settings = fingerprint(args, ds_config)
         folder.mkdir(parents=True, exist_ok=True)
         resume_run(engine, folder, settings)
-    except (OSError, ValueError) as error:  # bad input; anything else keeps its traceback
+    except (OSError, EOFError, ValueError) as error:  # bad input; anything else keeps its traceback
         fail(error)
     pad_id = tokenizer.pad_token_id
-    if engine.global_steps == 0:
-        log(engine, folder, evaluate(engine, eval_pairs, pad_id, folder))
-    if args.num_train_epochs == 0:
-        return
     pairs_per_step = engine.train_batch_size()
     total_steps = args.num_train_epochs * epoch_steps
+    if engine.global_steps == 0:
+        log(engine, folder, evaluate(engine, eval_pairs, pad_id, folder))
+    if total_steps < 1:
+        return
     batches = batches_of_rank(train_pairs, engine, args, pad_id)
     batch = next(batches, None)
     steps = range(engine.global_steps + 1, total_steps + 1)
