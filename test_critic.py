@@ -1288,7 +1288,8 @@ def test_loop_counts_what_is_dropped_and_what_has_no_prompt(read_pairs, capsys):
     """Here the prompt is under another key."""
     rows = [row(f"{n} yes", "no", question=f"Q{n}") for n in range(600)]
     rows += [row("yes", "yes"), row("a" * 600, "no", prompt="Q"), row("yes", "no", prompt="Q")]
-    assert len(read_pairs(rows, 256)) == 601
+    pairs = read_pairs(rows, 256)
+    assert len(pairs) == len({pair.prompt for pair in pairs}) == 601
     printed = capsys.readouterr().out
     assert "601 pairs; dropped 2 that are identical or longer than 256 tokens" in printed
     assert "600 rows have no prompt or common prefix" in printed
