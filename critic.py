@@ -37,7 +37,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 # All but cuDNN's, which gives NaN gradients on Hopper with an explicit mask (pytorch#196678).
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 HF_DEEPSPEED_CONFIG = "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref"
-UNPARTITIONED = mock.patch(HF_DEEPSPEED_CONFIG, None)  # else transformers partitions by itself
+UNPARTITIONED = mock.patch(HF_DEEPSPEED_CONFIG, None)  # hides ZeRO-3 from transformers
 
 
 def align(
@@ -58,7 +58,7 @@ def align(
     if ids.dim() != 2 or not ids.numel() or content.shape != ids.shape:
         shapes = f"input_ids {tuple(ids.shape)}, mask {tuple(content.shape)}"
         raise ValueError(f"{shapes}: pass (rows, tokens) for both")
-    row = content.any(1).int().argmin()
+    row = content.any(1).int().argmin()  # the first without content, if there is one
     if not content[row].any():
         raise ValueError(f"row {row} of input_ids is only padding: drop the row, or its pair")
     t = torch.arange(ids.size(1), device=ids.device)
@@ -119,7 +119,7 @@ class RewardModel(nn.Module):
         compute_fp32_loss: compute the value head and the loss in float32.
         loss_on: "tokens", a loss at every response token, or "end", at the last (`ranking_loss`).
         share_prefix: compute shared prefixes once, where that is exact (chapter 2). This sets
-            base_model's attention to "prefix_tree", which is sdpa in others' calls.
+            base_model's attention to "prefix_tree", which is sdpa where no tree is passed.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class RewardModel(nn.Module):
         place = {"dtype": base_model.dtype, "device": base_model.device}
         head = Float32Linear if compute_fp32_loss else nn.Linear
         self.v_head = head(width, 1, bias=False, **place)
-        # Its device is the model's: with ZeRO-3 offload the parameters are on the CPU.
+        # It moves with the model and tells its device; ZeRO-3 may offload parameters to the CPU.
         self.register_buffer("on_device", torch.empty(0, **place), persistent=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -228,7 +228,7 @@ class RewardModel(nn.Module):
         return self._score(input_ids=self._send(ids), attention_mask=self._send(visible.long()))
 
     def _score(self, **inputs):
-        with sdpa_kernel(KERNELS):  # recomputation is outside: see train_reward.py
+        with sdpa_kernel(KERNELS):  # not where activations are recomputed: see train_reward.py
             hidden = self.rwtransformer(**inputs, use_cache=False)[0]  # (rows, columns, H)
         return self.v_head(hidden).squeeze(-1)
 
@@ -406,9 +406,8 @@ pytorch_model.bin.index.json special_tokens_map.json added_tokens.json chat_temp
 
 # ---- Chapter 2: the prefix tree, and several ranks ----
 
-# Families that match a padded batch: attention is causal over given position ids, full or in a
-# window, and goes through AttentionInterface. Others run padded batches: BLOOM and MPT (ALiBi),
-# Llama 4 (chunked), Qwen3-Next (linear), GPT-OSS (sinks), Gemma 2 (soft-capped), ...
+# Families that match a padded batch: causal attention over given position ids, full or in a window,
+# by AttentionInterface. Others are padded: BLOOM (ALiBi), Llama 4 (chunked), GPT-OSS (sinks), ...
 TREE_FAMILIES = """afmoe apertus arcee aria_text axk1 bitnet cohere cohere2 cohere2_moe cwm
 deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma
 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox
@@ -423,7 +422,7 @@ TREE_ATTENTION = "prefix_tree"  # the name of `tree_attention` in transformers' 
 
 
 def supports_tree(backbone):
-    """Whether the tree is exact for this backbone, on the one device where its tensors are."""
+    """Whether the tree is exact for this backbone; False if it is spread over several devices."""
     config = backbone.config
     devices = set(getattr(backbone, "hf_device_map", {}).values())
     by_interface = config._attn_implementation in ("sdpa", TREE_ATTENTION)
@@ -445,9 +444,9 @@ def tree_rewards(model, ids, visible, needed):
 
 
 class Block(NamedTuple):
-    """Rows whose attention is one sdpa call, which needs no mask if their queries are their keys.
+    """Rows whose attention is one sdpa call. In a causal block, query i is at column i: no mask.
 
-    Shorter ones are padded by copies of the last query, and by keys that it does not see.
+    Shorter rows repeat their last query; their extra keys come after every query that counts.
     """
 
     query_nodes: Tensor  # (rows, Q)
@@ -465,8 +464,8 @@ class PrefixTree:
                 P Q a c d           . . . c d    columns         0 1 2 3 3 4 1
                 P R                 . R
 
-    Args: ids, visible (R, E), as from `align`; needed (R,), tokens of each row, with the "tokens"
-    loss also padding; send, which moves a tensor to the model's device.
+    Args: ids, visible (R, E), as from `align`; needed (R,), tokens of each row that need a reward,
+    for the "tokens" loss also padding; send, which moves a tensor to the device.
     Attributes:
         ids: (N,), the packed sequence.
         columns: (N,), each node's column: its position id, and the last column that it may see.
@@ -479,15 +478,16 @@ class PrefixTree:
     @torch.compiler.disable  # its shapes differ from batch to batch
     def __init__(self, ids, visible, needed, send):
         t = torch.arange(ids.size(1), device=ids.device)
-        # One number per token, odd if visible; the smallest, an even one, where none is needed, so
-        # that a row sorts before its extensions.
+        # Equal symbols are equal tokens; odd ones are visible. What is not needed gets the smallest
+        # symbol, an even one, so that a row sorts before its extensions.
         unneeded = torch.iinfo(torch.long).min
         symbols = (2 * ids + visible).masked_fill(t >= needed[:, None], unneeded)  # (R, E)
         rows, row_of = torch.unique(symbols, dim=0, return_inverse=True)  # (U, E); (R,)
         is_needed = rows != unneeded
         is_visible = rows % 2 == 1
         differs = F.pad(rows[1:] != rows[:-1], (0, 0, 1, 0), value=True)  # all of row 0 is new
-        is_new = (differs.cumsum(1) > 0) & is_needed  # (U, E)
+        is_shared = differs.cumsum(1) == 0  # (U, E), with the row above
+        is_new = is_needed & ~is_shared
         # Numbers grow from row to row, so the running maximum is the newest node at or above.
         number = torch.zeros_like(rows)
         number[is_new] = torch.arange(int(is_new.sum()), device=ids.device)
@@ -497,9 +497,9 @@ class PrefixTree:
         self.columns = send(t.expand_as(rows)[is_new])
         self.node_index = send(nodes[row_of])
         # On a CPU padding costs most. On an accelerator calls do: one block of each kind.
-        step = 64 if self.ids.is_cpu else 1 << 30
-        spans = group_spans(is_new.sum(1), is_visible.sum(1), is_needed.sum(1), step)
-        self.blocks, self.output_index = make_blocks(nodes, spans, len(self.ids), send)
+        step = 128 if self.ids.is_cpu else 1 << 30
+        groups = group_spans(is_shared.sum(1), is_visible.sum(1), is_needed.sum(1), step)
+        self.blocks, self.output_index = make_blocks(nodes, groups, len(self.ids), send)
         self._masks = {}
 
     def masks(self, window, dtype):
@@ -520,17 +520,17 @@ class PrefixTree:
         return seen[:, None].to(dtype).log()  # log(0) is -inf
 
 
-def group_spans(new, content, end, step):
-    """Lists of (row, first, last, length): queries in columns [first, last), keys in [0, length).
+def group_spans(shared, visible, needed, step):
+    """Spans (row, first, last, length) by kind: queries in [first, last), keys in [0, length).
 
-    Args: (U,) new tokens, ends of visible and of needed ones; step, by which lengths may differ.
+    Args: (U,) shared, visible and needed tokens of each row; step, by which lengths may differ.
     """
     groups = defaultdict(list)
-    for row, (count, length, stop) in enumerate(torch.stack([new, content, end], 1).tolist()):
-        spans = [(False, stop - count, stop)]
+    for row, (start, length, end) in enumerate(torch.stack([shared, visible, needed], 1).tolist()):
+        spans = [(False, start, end)]
         # If half is new, causal attention over all costs no more than new queries by all keys.
-        if length >= CAUSAL_FROM and 2 * (stop - count) < length:
-            spans = [(True, 0, length), (False, length, stop)]  # the second: hidden padding
+        if length >= CAUSAL_FROM and 2 * start < length:
+            spans = [(True, 0, length), (False, length, end)]  # the second: hidden padding
         for is_causal, first, last in spans:
             if first < last:
                 kind = (is_causal, (last - first) // step, length // step)
@@ -552,7 +552,7 @@ def make_blocks(nodes, groups, N, send):
         query_nodes = paths.gather(1, column.minimum(last - 1))
         blocks.append(Block(send(query_nodes), send(paths[:, :K]), is_causal))
         parts.append(query_nodes.flatten())
-    # Of the queries with the same node the first is right: in a row, the others are its padding.
+    # Rows that compute the same node agree. In a row its first query is right; others are padding.
     queries = torch.cat(parts)
     output_index = nodes.new_full([N], len(queries))
     place = torch.arange(len(queries), device=nodes.device)
