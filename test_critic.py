@@ -910,14 +910,16 @@ def test_under_a_live_config_of_zero_3(tokenizer, tmp_path):
 
 # ---- clients ----
 
-MULTIMODAL = (
-    "gemma3 qwen3_5 qwen3_5_moe qwen3_vl mistral3 llama4 llava internvl idefics3 aya_vision"
-)
+MULTIMODAL = """gemma3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe mistral3 llama4 llava internvl
+idefics3 aya_vision"""
 
 
 def multimodal_config(name):
     config_class = transformers.CONFIG_MAPPING[name]
-    return config_class(**tiny_parts(config_class()))
+    parts = tiny_parts(config_class())
+    if name.startswith("qwen2"):  # how half of a head is shared out
+        parts["text_config"]["rope_parameters"]["mrope_section"] = [1, 1, 2]
+    return config_class(**parts)
 
 
 @pytest.mark.parametrize("name", MULTIMODAL.split())
@@ -929,7 +931,7 @@ def test_the_text_decoder_of_a_multimodal_checkpoint(name, tokenizer, tmp_path):
     whole.save_pretrained(tmp_path)
     model = create_critic_model(str(tmp_path), tokenizer).eval()
     assert model.config.model_type == config.get_text_config(decoder=True).model_type
-    ids = torch.tensor([range(9, 30)])
+    ids = torch.tensor([range(9, 30), [*range(9, 20), *range(50, 60)]])
     expected = model.v_head(whole(ids, output_hidden_states=True).hidden_states[-1]).squeeze(-1)
     values = model.forward_value(ids, return_value_only=True)
     same(values, expected, "values", rtol=2e-5)
