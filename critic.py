@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-# The reward/critic model of RLHF, after DeepSpeed-Chat's `create_critic_model` and `RewardModel`.
-"""A pretrained decoder with a linear value head, for reward modelling and as PPO's critic.
+"""The reward/critic model of RLHF: a pretrained decoder with a linear value head.
 
-Chapter 1 is the whole model on a padded batch. Chapter 2, the prefix tree, makes it fast.
+After DeepSpeed-Chat. Chapter 1 is the whole model on a padded batch; chapter 2 makes it fast.
 Shapes: B pairs; R rows (2B in training: B chosen, then B rejected); U distinct rows; T columns of
 the input; E columns whose reward is needed; H hidden size; N nodes; Q queries, K keys; D head size.
 """
@@ -417,7 +416,8 @@ ministral ministral3 mistral mixtral modernbert-decoder moshi nanochat olmo olmo
 persimmon phi phi3 qwen2 qwen2_moe qwen2_vl_text qwen2_5_vl_text qwen3 qwen3_moe qwen3_vl_text
 qwen3_vl_moe_text seed_oss smollm3 solar_open starcoder2 youtu"""
 CAUSAL_FROM = 512  # tokens; below, more sdpa calls cost more than causal attention saves
-KNOWN_OPTIONS = "dropout scaling sliding_window position_ids use_cache output_attentions"
+KNOWN_OPTIONS = """dropout scaling sliding_window is_causal position_ids use_cache
+output_attentions"""
 TREE_ATTENTION = "prefix_tree"  # the name of `tree_attention` in transformers' registry
 
 
