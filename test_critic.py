@@ -114,7 +114,7 @@ def tiny_parts(config):
 ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 # name: (model_type, what differs from its tiny config)
 FAMILIES = {
-    "opt-350m": ("opt", {"word_embed_proj_dim": 16}),
+    "opt-350m": ("opt", {"word_embed_proj_dim": 16, "is_causal": True}),
     "falcon": ("falcon", {"alibi": False}),
     "falcon-alibi": ("falcon", {"alibi": True}),
     "llama-dynamic": ("llama", {"max_position_embeddings": 24, "rope_scaling": ROPE}),
