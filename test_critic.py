@@ -175,8 +175,7 @@ def make_model(name, tokenizer, attention=None, num_padding_at_beginning=0, fp32
 
 
 def random_rows(seed, B=3, longest=28, pads=True):
-    """2B rows, each a prefix of an earlier one and some new tokens: trees of any depth, prefixes of
-    others, identical rows, PAD inside. Rows begin and end with content."""
+    """2B rows, each a prefix of an earlier one and new tokens, PAD inside, content at both ends."""
     rng = random.Random(seed)
     rows = [[5]]
     for _ in range(2 * B):
@@ -1449,6 +1448,7 @@ def ppo_step(folder):
     engine.backward((values - before["values"] - 1).square().mean())
     engine.step()
     save_critic_model(engine, tokenizer, f"{folder}/saved")
+    assert not any(value.numel() for value in engine.parameters())  # partitioned again
     with torch.no_grad():
         same(reward_model.module.forward_value(*batch), before, "frozen")
         after = engine.module.forward_value(*batch)
