@@ -292,7 +292,7 @@ def load_weights(path, config, dtype, needs_head):
         wrong -= {"score.weight"}
     if wrong:
         keys = f"missing, unexpected or mis-shaped are {sorted(wrong)[:5]}"
-        fix = "download it again; a trained head is score.weight, (1, H), without bias"
+        fix = "download it again, or run step 2: a head is score.weight, (1, H), without bias"
         raise ValueError(f"{path} does not match its config.json: {keys}; {fix}")
     return model, has_head
 

@@ -753,7 +753,7 @@ def truncated(folder):
 
 NORM = "rwtransformer.norm.weight"
 WRONG = "reward does not match its config.json: missing, unexpected or mis-shaped are .*"
-HEAD = ".*a trained head is score.weight, .1, H., without bias"
+HEAD = ".*a head is score.weight, .1, H., without bias"
 # name: (what is done to a reward checkpoint, message)
 BAD_CHECKPOINTS = {
     "a missing key": (without(NORM), WRONG + "model.norm.weight"),
@@ -1240,7 +1240,6 @@ ROWS = {
     "complete dialogues": (row(Q + YES, Q + NO), "u:Q;a:yes; > u:Q;a:no;"),
     "ranked messages": ({"prompt": Q, "ranked": [YES, NO]}, "u:Q;a:yes; > u:Q;a:no;"),
     "tools": (row(CALL + ANSWER, NO, prompt=Q, tools=TOOLS), WITH_TOOLS),
-    "tools as JSON": (row(CALL + ANSWER, NO, prompt=Q, tools=json.dumps(TOOLS)), WITH_TOOLS),
 }
 
 
@@ -1676,8 +1675,8 @@ def test_loop_errors_of_the_code_keep_their_traceback(training, tmp_path):
 GOOD = row(" w4 w1", " w5 w2", prompt="w3")
 TALK = [message("w3")]
 FORMS = ':1: pass "chosen" and "rejected", or "ranked", with or without "prompt": all texts, or'
-# name: (row, or bytes of the file, message)
-BAD_ROWS = {
+BAD_ROWS = {  # name: (row, or bytes of the file, message)
+    "no gzip": (b"{}\n", ":0: Not a gzipped file"),
     "broken UTF-8": (b'{"chosen": "\xff"}\n', ":1: .*utf-8"),
     "a lone surrogate": (b'{"chosen": "\\ud800 a", "rejected": "b"}\n', ":1: "),
     "broken JSON": (b"\n" * 6 + b"{,}\n", ":7: Expecting property name"),
@@ -1693,14 +1692,15 @@ BAD_ROWS = {
     "a message without role": (row([{"content": "w3"}], TALK), FORMS),
     "a prompt without role": (row(TALK, TALK, prompt=[{}]), FORMS),
     "a long complaint": (row([message("w3", "robot " * 99)], TALK), ":1: role robot.{100,150}$"),
-    "tools that are no JSON": (row(TALK, TALK, tools="w3"), ":1: Expecting value"),
+    "tools as a text": (row(TALK, TALK, tools="w3"), ":1: Tools should either be a JSON schema"),
+    "a repeated prompt": (row("w3 w4", "w3", prompt="w3"), ":1: chosen begins with the prompt"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_loop_bad_rows_are_named(case, loop, chat_tokenizer, tmp_path):
     content, expected = BAD_ROWS[case]
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / ("rows.jsonl.gz" if case == "no gzip" else "rows.jsonl")
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(ValueError, match=rf"rows\.jsonl.*{expected}"):
         loop.read_pairs([str(path)], chat_tokenizer, 256)

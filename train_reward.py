@@ -126,6 +126,8 @@ def encode_row(row, tokenizer):
         raise ValueError(FORMS)
     complete = responses
     if prompt:
+        if responses[0][: len(prompt)] == prompt:
+            raise ValueError("chosen begins with the prompt, which would be there twice: delete it")
         complete = [prompt + response for response in responses]
     texts = complete
     is_text = kinds == {str}
@@ -134,9 +136,7 @@ def encode_row(row, tokenizer):
         found = prompt or common.rpartition("\n")[0] or common
     else:
         found = str(prompt or complete[0][:-1] or "")
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        options = {"tools": tools, "tokenize": False}
+        options = {"tools": row.get("tools"), "tokenize": False}
         texts = [tokenizer.apply_chat_template(messages, **options) for messages in complete]
     rows = []
     for text in texts:
@@ -152,14 +152,14 @@ def read_rows(paths, tokenizer):
     """Yield `encode_row` of all lines of .jsonl[.gz] files. Errors name file and line."""
     for path in paths:
         opener = gzip.open if path.endswith(".gz") else open
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(progress(lines, desc=f"reading {path}"), 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield encode_row(dict(json.loads(line)), tokenizer)
-                except (ValueError, TypeError, RecursionError, TemplateError) as error:
-                    raise ValueError(f"{path}:{number}: {str(error)[:150]}") from error
+        number = 0
+        try:
+            with opener(path, "rb") as lines:
+                for number, line in enumerate(progress(lines, desc=path), 1):
+                    if line.strip():
+                        yield encode_row(dict(json.loads(line)), tokenizer)
+        except (OSError, EOFError, ValueError, TypeError, RecursionError, TemplateError) as error:
+            raise ValueError(f"{path}:{number}: {str(error)[:150]}") from error
 
 
 def read_pairs(paths, tokenizer, max_seq_len):
@@ -418,7 +418,7 @@ def main():
         settings = fingerprint(args, ds_config)
         folder.mkdir(parents=True, exist_ok=True)
         resume_run(engine, folder, settings)
-    except (OSError, EOFError, ValueError) as error:  # bad input; anything else keeps its traceback
+    except (OSError, ValueError) as error:  # bad input; anything else keeps its traceback
         fail(error)
     pad_id = tokenizer.pad_token_id
     pairs_per_step = engine.train_batch_size()
