@@ -1084,6 +1084,7 @@ def training(tokenizer, tmp_path_factory):
     """The flags of a run on a base model: 48 pairs, on two ranks 4 epochs of 3 steps."""
     folder = tmp_path_factory.mktemp("training")
     base = write_base(folder / "base", "llama", tokenizer)
+    edit(folder / "base" / "tokenizer_config.json", pad_token="<eos>")
     data = write_rows(folder / "train.jsonl.gz", make_pairs())
     held_out = write_rows(folder / "eval.jsonl.gz", make_pairs(21, seed=1))
 
@@ -1127,7 +1128,7 @@ def read_metrics(output):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
+def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained, tokenizer):
     output = trained(2, stage)
     steps, evaluations = read_metrics(output)
     assert set(steps[0]) | {"pairs_per_second"} == set(METRICS.split())
@@ -1143,6 +1144,7 @@ def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained):
     assert steps[0]["loss"] == pytest.approx(its_steps[0]["loss"], rel=0.2)  # dropout differs
     losses = [line["loss"] for line in read_metrics(trained(2, 0))[0]]
     assert [line["loss"] for line in steps] == pytest.approx(losses, abs=1e-4)
+    assert read_critic(output).PAD_ID == len(tokenizer)  # new, since the base's PAD is EOS
     rows = make_pairs(21, seed=1)
     texts = [row["prompt"] + row[side] + " <eos>" for side in SIDES for row in rows]
     batch = pad_rows(AutoTokenizer.from_pretrained(output)(texts)["input_ids"])
@@ -1392,9 +1394,6 @@ def test_loop_makes_the_next_batch_before_it_reads_the_loss(training, tmp_path):
     run_ranks(training(tmp_path / "out"), main=train_and_record, ranks=1)
 
 
-NO_EPOCHS = "--num_train_epochs 0"
-
-
 def test_loop_without_epochs_only_evaluates(training, tokenizer, tmp_path):
     """A head of zeros, where all are ties; 5 pairs on two ranks, of which one has none in the last
     batch. PAD is EOS and the vocabulary full, as in many a reward model."""
@@ -1405,7 +1404,8 @@ def test_loop_without_epochs_only_evaluates(training, tokenizer, tmp_path):
     save_critic_model(model, full, tmp_path / "flat")
     rows = write_rows(tmp_path / "eval.jsonl.gz", make_pairs(5))
     arguments = training(tmp_path / "out", 3, train_micro_batch_size_per_gpu=1)
-    run_ranks(f"{arguments} --model_name_or_path {tmp_path}/flat --eval_path {rows} {NO_EPOCHS}")
+    arguments += f" --model_name_or_path {tmp_path}/flat --eval_path {rows} --num_train_epochs 0"
+    run_ranks(arguments)
     steps, [found] = read_metrics(tmp_path / "out")
     assert (steps, found["step"], found["eval_accuracy"]) == ([], 0, 0.5)
     assert not (tmp_path / "out" / "config.json").exists()

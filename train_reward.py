@@ -272,8 +272,7 @@ def make_engine(model, ds_config, pairs, args):
         raise ValueError(f"{len(pairs)} training pairs give no step of {pairs_per_step}: pass more")
     schedule = ds_config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
-        steps = args.num_train_epochs * epoch_steps
-        schedule["total_num_steps"] = max(steps, schedule.get("warmup_num_steps", 0) + 1)
+        schedule["total_num_steps"] = args.num_train_epochs * epoch_steps
     return deepspeed.initialize(model=model, config=ds_config)[0], epoch_steps
 
 
