@@ -910,8 +910,8 @@ def test_under_a_live_config_of_zero_3(tokenizer, tmp_path):
 
 # ---- clients ----
 
-MULTIMODAL = """gemma3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe mistral3 llama4 llava internvl
-idefics3 aya_vision"""
+MULTIMODAL = """gemma3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe mistral3 llama4 llava
+internvl idefics3 aya_vision"""
 
 
 def multimodal_config(name):
