@@ -371,9 +371,8 @@ def evaluate(engine, pairs, pad_id, folder):
 def run_batches(engine, batches, seed):
     """Forward and backward of a step. Returns sums of loss, accuracy and margin: (3,)."""
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    torch.manual_seed(seed)  # dropout: a resumed run draws the same
     for number, batch in enumerate(batches):
-        # Dropout depends on seed, step and rank only, so that a resumed run draws the same.
-        torch.manual_seed(seed + number * dist.get_world_size())
         output = engine(**batch)
         engine.backward(output["loss"])
         if number + 1 < len(batches):
@@ -432,7 +431,8 @@ def main():
     bar = progress(steps, initial=engine.global_steps, total=total_steps, desc="training")
     for step in bar:
         began = time.perf_counter()
-        sums = run_batches(engine, batch, args.seed + step * pairs_per_step + dist.get_rank())
+        seed = args.seed + step * dist.get_world_size() + dist.get_rank()
+        sums = run_batches(engine, batch, seed)
         batch = next(batches, None)  # dealt and collated while the device still works
         dist.all_reduce(sums)
         loss, accuracy, margin = (sums / pairs_per_step).tolist()  # the one sync before the step
