@@ -501,24 +501,24 @@ def test_gradient_checkpointing_changes_no_gradient(kind, tokenizer):
 # ---- blocks of attention ----
 
 
-def set_blocks(monkeypatch, causal_from, on_cpu):
-    """Causal blocks for rows of `causal_from` tokens and more; a CPU's or an accelerator's."""
+def set_blocks(monkeypatch, causal_from, step):
+    """Causal blocks for rows of `causal_from` tokens and more; lengths differ by less than step."""
     group_spans = critic.group_spans
 
     def group_such_spans(*args):
-        return group_spans(*args[:-1], 64 if on_cpu else 1 << 30)
+        return group_spans(*args[:-1], step)
 
     monkeypatch.setattr(critic, "CAUSAL_FROM", causal_from)
     monkeypatch.setattr(critic, "group_spans", group_such_spans)
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("step", [8, 1 << 30])
 @pytest.mark.parametrize("causal_from", [0, 8, 20])
 @pytest.mark.parametrize("name", TREES)
-def test_any_blocks_equal_the_padded_batch(name, causal_from, on_cpu, tokenizer, monkeypatch):
+def test_any_blocks_equal_the_padded_batch(name, causal_from, step, tokenizer, monkeypatch):
     """In value and every gradient; without a mask, through the code of dropout (of probability
     1e-9), and on another default device."""
-    set_blocks(monkeypatch, causal_from, on_cpu)
+    set_blocks(monkeypatch, causal_from, step)
     for seed, loss_on in itertools.product((0, 1), ("tokens", "end")):
         model = make_model(name, tokenizer, dropout=1e-9 * seed, loss_on=loss_on).train()
         ids, mask = pad_rows(random_rows(100 + seed, B=4), "left")
@@ -555,7 +555,7 @@ def operations_per_layer(name, tokenizer, pairs, share_prefix=True):
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_operations_per_layer_do_not_grow_with_the_pairs(name, tokenizer, monkeypatch):
     """With an accelerator's blocks: from some number of pairs on, their number is constant."""
-    set_blocks(monkeypatch, critic.CAUSAL_FROM, False)
+    set_blocks(monkeypatch, critic.CAUSAL_FROM, 1 << 30)
     few, many, more = (operations_per_layer(name, tokenizer, pairs) for pairs in (8, 96, 192))
     padded = operations_per_layer(name, tokenizer, 8, share_prefix=False)
     assert padded < few <= many == more < 2 * padded
@@ -773,7 +773,7 @@ def test_bad_checkpoints_are_errors(case, tokenizer, tmp_path):
     spoil(folder)
     for needs_head in (True, False):
         if needs_head or not re.search("head|label|unexpected", case):
-            with pytest.raises(Exception, match=message):
+            with pytest.raises((ValueError, RuntimeError), match=message):
                 create_critic_model(folder, tokenizer, rlhf_training=needs_head)
 
 

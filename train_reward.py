@@ -16,7 +16,7 @@ import sys
 import time
 from array import array
 from collections import defaultdict
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -176,11 +176,9 @@ def read_pairs(paths, tokenizer, max_seq_len):
                 continue
             shared = len(os.path.commonprefix([chosen.tolist(), rejected.tolist()]))
             pairs.append(Pair(prompt, chosen, rejected, len(chosen) + len(rejected) - shared))
-    print(
-        f"{paths}: {len(pairs)} pairs; dropped {dropped} that are identical or longer than "
-        f"{max_seq_len} tokens; {without_prompt} rows have no prompt or common prefix",
-        flush=True,
-    )
+    counts = f"{len(pairs)} pairs; dropped {dropped} that are identical or longer than"
+    counts += f" {max_seq_len} tokens; {without_prompt} rows have no prompt or common prefix"
+    print(f"{paths}: {counts}", flush=True)
     if pairs:
         return pairs
     raise ValueError(f"{paths}: no pairs remain: pass more, or raise --max_seq_len")
@@ -196,15 +194,19 @@ def read_data(args, tokenizer):
     return [pair for pair in pairs if pair.prompt not in held_out], eval_pairs
 
 
+def by_prompt(pairs):
+    groups = defaultdict(list)
+    for pair in pairs:
+        groups[pair.prompt].append(pair)
+    return list(groups.values())
+
+
 def deal(pairs, ranks):
     """Give ranks equally many pairs and similar token counts; prompts are split only to fit."""
     size = len(pairs) // ranks
     dealt = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    prompts = defaultdict(list)
-    for pair in pairs:
-        prompts[pair.prompt].append(pair)
-    for group in sorted(prompts.values(), key=lambda group: -sum(pair.tokens for pair in group)):
+    for group in sorted(by_prompt(pairs), key=lambda group: -sum(pair.tokens for pair in group)):
         while group:
             room = [size - len(part) for part in dealt]
             free = [rank for rank in range(ranks) if room[rank]]
@@ -230,10 +232,7 @@ def batches_of_rank(pairs, engine, args, pad_id):
     pairs_per_step = engine.train_batch_size()
     micro_batch = engine.train_micro_batch_size_per_gpu()
     skip = engine.global_steps
-    groups = defaultdict(list)
-    for pair in pairs:
-        groups[pair.prompt].append(pair)
-    prompts = list(groups.values())
+    prompts = by_prompt(pairs)
     for epoch in range(args.num_train_epochs):
         # The pairs of a prompt stay together, to overfit less (InstructGPT, section 3.5).
         shuffled = itertools.chain(*random.Random(args.seed + epoch).sample(prompts, len(prompts)))
@@ -294,8 +293,10 @@ def fingerprint(args, ds_config):
     names = "model_name_or_path seed num_train_epochs dropout loss_on max_seq_len compute_fp32_loss"
     for name in names.split():
         settings[name] = getattr(args, name)
-    files = args.data_path + (args.eval_path or [])
-    settings["data"] = [sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    settings["data"] = []
+    for path in args.data_path + (args.eval_path or []):
+        with open(path, "rb") as file:
+            settings["data"].append(file_digest(file, "sha256").hexdigest())
     return settings
 
 
