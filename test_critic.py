@@ -47,86 +47,8 @@ VOCAB = 96
 BF16 = {"bf16": {"enabled": True}}
 SIDES = ("chosen", "rejected")
 
-# ---- tiny models of every family ----
 
-# What an attribute becomes, in whatever family it occurs; of several patterns, the last counts.
-TINY = {
-    r"(?!\w*(kv|key_value))\w*_heads|n_head|\w*_experts|zero_expert_num": 4,
-    r"\w*hidden_size|d_model|n_embd|\w*emb(edding)?_(dim|size)|lru_width|mamba_d_ssm": 32,
-    r"word_embed_proj_dim|projection_dim|(vision_|projector_)(in|out)put_dim": 32,
-    r"(intermediate|ffn_hidden)_size|\w*ffn_dim|n_inner|dim_ff|dff|d_inner|mlp_dim": 48,
-    r"\w+_intermediate_size\w*|intermediate_size_mlp|expert_ffn_hidden_size|\w+_lora_rank": 16,
-    r"num_position_embeddings|\w+_embed_dim|image_size": 16,
-    r"(?!qk_head)\w*head_?dim|rotary_dim|dim_head|(mamba_)?d_head|kv_channels|index_topk": 8,
-    r"\w*(window|chunk|state)(_size)?|block_size|local_attention": 8,
-    r"router_hidden_size|hidden_size_per_layer_input|patch_size": 8,
-    r"moe_k|moe_topk|moe_layer_end_index|\w+_layer_period|num_kv_shared_layers|depth": 2,
-    r"(num_)?encoder_layers|num_experts_per_tok(en)?": 2,
-    r"n_groups?|topk_group|num_expert_group|(mamba_)?expand|\w+_layer_offset|max_window_layers": 1,
-    r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|\w+(shared_experts|token_id)": 1,
-    r"(\w+_)?vocab(_size)?(_per_layer_input)?": VOCAB,
-    "max_position_embeddings|n_positions|n_ctx|max_seq_len": 256,
-    "pad_token_id": PAD,
-    "use_sliding_window": True,
-    "attention_types": [[["global", "local"], 1]],
-    "deepstack_visual_indexes": [0],
-    "per_layer_config": {},
-}
-LAYERS = r"num_hidden_layers|n_layers?|num_(decoder_)?layers|decoder_layers|num_blocks"
-WINDOWED = {"full_attention", "sliding_attention"}
-
-
-def tiny_config(family, **overrides):
-    """Any family's text decoder, shrunk by its attributes' names, with a layer of each kind."""
-    config_class = transformers.CONFIG_MAPPING[family] if isinstance(family, str) else family
-    default = config_class().get_text_config(decoder=True)
-    given = default.to_dict()
-    tiny = {}
-    kinds = {}
-    for name, value in given.items():
-        for pattern, size in TINY.items():
-            if re.fullmatch(pattern, name):
-                tiny[name] = size
-        if re.fullmatch("(swa_)?num_(key_value|kv)_heads", name):
-            tiny[name] = 4 if value in (given.get("num_attention_heads"), None) else 2
-        if re.fullmatch(r"(mlp_)?layer_types|layers_block_type|block_types", name):
-            kinds[name] = set(value or ())
-    # Released checkpoints have windows, though not every default config.
-    if "sliding_window" in given and kinds.get("layer_types", {""}) <= WINDOWED:
-        kinds["layer_types"] = WINDOWED
-    count = max([2, *map(len, kinds.values())])
-    if "num_kv_shared_layers" in given:  # Gemma's later layers share the keys of earlier ones
-        count *= 2
-    tiny |= {name: count for name in given if re.fullmatch(LAYERS, name)}
-    tiny |= {name: (sorted(kind) * count)[:count] for name, kind in kinds.items() if kind}
-    return type(default)(**tiny | tiny_parts(default) | overrides)
-
-
-def tiny_parts(config):
-    """The configs inside of a config: text, vision, BLT's byte encoder."""
-    parts = {}
-    for name, part in vars(config).items():
-        if isinstance(part, transformers.PretrainedConfig):
-            parts[name] = tiny_config(type(part)).to_dict()
-    return parts
-
-
-ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-# name: (model_type, what differs from its tiny config)
-FAMILIES = {
-    "opt-350m": ("opt", {"word_embed_proj_dim": 16, "is_causal": True}),
-    "falcon": ("falcon", {"alibi": False}),
-    "falcon-alibi": ("falcon", {"alibi": True}),
-    "llama-dynamic": ("llama", {"max_position_embeddings": 24, "rope_scaling": ROPE}),
-    "gpt2": ("gpt2", {"n_positions": 32}),  # rows are shorter, padded batches longer
-}
-SAME_NAME = """
-llama mistral mixtral qwen2 olmo2 granite cohere qwen3 gemma gpt_bigcode opt gptj gpt_neo gpt_neox
-bloom mpt phi starcoder2 deepseek_v3 qwen2_moe stablelm qwen3_next gemma2 gemma3_text phi3 exaone4
-"""
-FAMILIES |= {name: (name, {}) for name in SAME_NAME.split()}
-TREE_FAMILIES = critic.TREE_FAMILIES.split()
-TREES = [name for name, (family, _) in FAMILIES.items() if family in TREE_FAMILIES]
+# ---- tiny models and random rows (`tiny_config`, of every family, is further below) ----
 
 
 @pytest.fixture(scope="session")
@@ -224,7 +146,7 @@ def padded_results(model, ids, mask):
         return results(model, ids, mask)
 
 
-# ---- the plain reference ----
+# ---- the plain reference: a loop over rows and tokens ----
 
 
 def reference_content(ids, mask, num_padding_at_beginning):
@@ -296,7 +218,7 @@ def assert_same_as_reference(model, ids, mask, num_padding_at_beginning=0):
     same(found, gradients(model, loss), "gradients")
 
 
-# ---- the model ----
+# ---- shapes ----
 
 
 def test_shapes_and_names(tokenizer):
@@ -311,6 +233,9 @@ def test_shapes_and_names(tokenizer):
     assert {key.split(".")[0] for key in model.state_dict()} == {"rwtransformer", "v_head"}
 
 
+# ---- OPT's padding offsets ----
+
+
 @pytest.mark.parametrize(
     ("num_padding_at_beginning", "masked", "length"),
     [(0, False, [3, 2]), (1, False, [4, 3]), (0, True, [4, 3]), (1, True, [4, 3])],
@@ -323,6 +248,260 @@ def test_num_padding_at_beginning_for_opt(num_padding_at_beginning, masked, leng
     assert critic.align(ids, mask, PAD, num_padding_at_beginning)[3].tolist() == length
     assert_same_as_reference(model, ids, mask, num_padding_at_beginning)
 
+
+# ---- checkpoint round trips ----
+
+
+def write_base(folder, name, tokenizer, **overrides):
+    make_backbone(name, **overrides).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_deepspeed_chat(folder, model, spelling="rwtransformer", head="v_head"):
+    folder.mkdir(parents=True)
+    state = {}
+    for key, value in model.state_dict().items():
+        state[key.replace("rwtransformer", spelling).replace("v_head", head)] = value
+    torch.save(state, folder / "pytorch_model.bin")
+    model.config.save_pretrained(folder)
+    return str(folder)
+
+
+def read_critic(folder, tokenizer=None, ds_config=None):
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    return create_critic_model(str(folder), tokenizer, ds_config, rlhf_training=True).eval()
+
+
+def end_scores(model, ids, mask):
+    return model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"]
+
+
+def assert_same_weights(a, b):
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), atol=0, rtol=0)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def assert_saved(model, tokenizer, folder):
+    """create_critic_model, and transformers' own class if there is one, give the same scores."""
+    save_critic_model(model, tokenizer, folder)
+    batch = pad_rows(random_rows(1, pads=False))
+    scores = end_scores(model, *batch)
+    same(end_scores(read_critic(folder), *batch), scores, "loaded", rtol=2e-5)
+    if type(model.config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        hf_model = AutoModelForSequenceClassification.from_pretrained(folder)
+        logits = hf_model(batch[0], attention_mask=batch[1]).logits
+        same(logits[:, 0], scores, "transformers", rtol=2e-5)
+
+
+def test_a_saved_critic_and_training_it_further(tokenizer, tmp_path):
+    model = make_model("llama", tokenizer)
+    save_critic_model(model, tokenizer, tmp_path)
+    assert critic.TREE_ATTENTION not in (tmp_path / "config.json").read_text()
+    score = transformers.pipeline("text-classification", str(tmp_path))("w3 w4")[0]["score"]
+    ids = torch.tensor(tokenizer(["w3 w4"])["input_ids"])
+    assert score == pytest.approx(end_scores(model, ids, None).item(), abs=1e-5)
+    further = create_critic_model(str(tmp_path), tokenizer, loss_on="end", share_prefix=False)
+    assert_same_weights(further, model)
+    assert (further.loss_on, further.share_prefix) == ("end", False)
+
+
+# (prefix of the decoder's keys, None for transformers' own; head): transformers, OpenRLHF, OpenRLHF
+# with a name in its config, UltraRM, Beaver; DeepSpeed-Chat, its older spelling, InternLM2.
+HEADS = ("score", "value_head", "my_head", "regression_head", "score_head")
+FORMS = [(None, head) for head in HEADS]
+FORMS += [("rwtransformer", "v_head"), ("rwtranrsformer", "v_head"), (None, "v_head")]
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom", "gpt2"])
+@pytest.mark.parametrize(("prefix", "head"), FORMS)
+def test_reward_checkpoints_of_others(prefix, head, name, tokenizer, tmp_path):
+    model = make_model(name, tokenizer)
+    prefix = prefix or model.rwtransformer.base_model_prefix
+    folder = write_deepspeed_chat(tmp_path / "reward", model, prefix, head)
+    edit(Path(folder, "config.json"), value_head_prefix=head)
+    assert_same_weights(read_critic(folder, tokenizer), model)
+
+
+DTYPES = [  # arguments of create_critic_model, dtype
+    ({}, torch.float32),
+    ({"ds_config": BF16}, torch.bfloat16),
+    ({"ds_config": {"fp16": {"enabled": True}}}, torch.float16),
+    ({"ds_config": BF16, "dtype": torch.float16}, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("options", "dtype"), DTYPES)
+def test_dtype_and_growing_vocabulary(options, dtype, tokenizer, tmp_path):
+    base = write_base(tmp_path, "llama", tokenizer)
+    model = create_critic_model(base, tokenizer)
+    assert model.config.vocab_size == VOCAB  # the tokenizer has 8 fewer
+    longer = longer_by(11, tokenizer)
+    model = create_critic_model(base, longer, **options)
+    assert model.get_input_embeddings().weight.shape[0] == 104
+    save_critic_model(model, longer, base)
+    loaded = create_critic_model(base, longer, rlhf_training=True, **options)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert_same_weights(loaded, model)
+
+
+def test_a_save_replaces_the_older_critic_and_nothing_else(tokenizer, tmp_path):
+    model = make_model("llama", tokenizer)
+    folder = tmp_path / "critic"
+    write_deepspeed_chat(folder, model)
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<eos>"}')
+    names = [
+        "chat_samples.jsonl",
+        "special_cases.csv",
+        "added_rows.json",
+        "model_step1.safetensors",
+    ]
+    for name in names:
+        (folder / name).write_text("the user's")
+    other = copy.deepcopy(tokenizer)
+    other.padding_side = "left"
+    both = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    for template in ("{{ messages }}", both, None):
+        other.chat_template = template
+        save_critic_model(model, other, folder)
+        saved = AutoTokenizer.from_pretrained(folder)
+        kept = (saved.chat_template, saved.padding_side, saved.pad_token_id)
+        assert kept == (template, "left", PAD)
+        assert_same_weights(read_critic(folder), model)
+    assert all((folder / name).read_text() == "the user's" for name in names)
+    assert not (folder / "pytorch_model.bin").exists()
+
+
+def test_a_kill_between_shards_leaves_no_wrong_critic(tokenizer, tmp_path, monkeypatch):
+    """Nothing runs after the interruption, as after a SIGKILL."""
+    library = transformers.modeling_utils
+    save = library.PreTrainedModel.save_pretrained
+    in_shards = functools.partialmethod(save, max_shard_size="30KB")
+    monkeypatch.setattr(library.PreTrainedModel, "save_pretrained", in_shards)
+    save_file = mock.Mock(wraps=library.safe_save_file)
+    monkeypatch.setattr(library, "safe_save_file", save_file)
+    save_critic_model(make_model("llama", tokenizer, seed=1), tokenizer, tmp_path)
+    model = make_model("llama", tokenizer)
+    for written in range(3):
+        save_file.side_effect = [mock.DEFAULT] * written + [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            save_critic_model(model, tokenizer, tmp_path)
+        with pytest.raises((OSError, ValueError)):
+            read_critic(tmp_path, tokenizer)
+    save_file.side_effect = None
+    save_critic_model(model, tokenizer, tmp_path)
+    assert_same_weights(read_critic(tmp_path), model)
+
+
+def test_under_a_live_config_of_zero_3(tokenizer, tmp_path):
+    """As TrainingArguments(deepspeed=...) keeps one: one process saves and loads whole weights."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    model = make_model("llama", tokenizer)
+    zero = {"zero_optimization": {"stage": 3}}
+    alive = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1} | zero)
+    save_critic_model(model, tokenizer, tmp_path)
+    assert_same_weights(read_critic(tmp_path), model)
+    del alive
+
+
+# ---- what cannot be loaded or saved ----
+
+
+def damage(folder, change):
+    state = torch.load(Path(folder, "pytorch_model.bin"))
+    change(state)
+    torch.save(state, Path(folder, "pytorch_model.bin"))
+    return folder
+
+
+def without(key):
+    return lambda folder: damage(folder, lambda state: state.pop(key))
+
+
+def with_key(key, *shape):
+    return lambda folder: damage(folder, lambda state: state.update({key: torch.ones(shape)}))
+
+
+def with_config(**changes):
+    return lambda folder: edit(Path(folder, "config.json"), **changes)
+
+
+def truncated(folder):
+    path = Path(folder, "pytorch_model.bin")
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+NORM = "rwtransformer.norm.weight"
+WRONG = "reward does not match its config.json: missing, unexpected or mis-shaped are .*"
+HEAD = ".*a head is score.weight, .1, H., without bias"
+# name: (what is done to a reward checkpoint, message)
+BAD_CHECKPOINTS = {
+    "a missing key": (without(NORM), WRONG + "model.norm.weight"),
+    "an unexpected key": (with_key("extra", 1), WRONG + "extra"),
+    "a mis-shaped key": (with_key(NORM, 3), WRONG + "model.norm.weight"),
+    "fewer tokens in the config": (with_config(vocab_size=90), WRONG + "embed_tokens.weight"),
+    "two labels": (with_key("v_head.weight", 2, 32), WRONG + "score.weight" + HEAD),
+    "a head with a bias": (with_key("v_head.bias", 1), WRONG + "score.bias" + HEAD),
+    "a truncated file": (truncated, "failed finding central directory"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_bad_checkpoints_are_errors(case, tokenizer, tmp_path):
+    folder = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
+    spoil, message = BAD_CHECKPOINTS[case]
+    spoil(folder)
+    for needs_head in (True, False):
+        if needs_head or not re.search("head|label|unexpected", case):
+            with pytest.raises((ValueError, RuntimeError), match=message):
+                create_critic_model(folder, tokenizer, rlhf_training=needs_head)
+
+
+def test_bad_arguments_of_create(tokenizer, tmp_path):
+    base = write_base(tmp_path, "llama", tokenizer)
+    with pytest.raises(ValueError, match=r"mis-shaped are \['score.weight'\]" + HEAD):
+        create_critic_model(base, tokenizer, rlhf_training=True)
+    with pytest.raises(RuntimeError, match="LOCAL_RANK"):
+        create_critic_model(base, tokenizer, {"zero_optimization": {"stage": 3}})
+
+
+NO_DECODER = "a critic needs a causal text decoder"
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "vit", "markuplm", "xlnet"])
+def test_other_models_are_errors(kind, tokenizer, tmp_path):
+    tiny_config(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=NO_DECODER):
+        create_critic_model(str(tmp_path), tokenizer)
+
+
+def test_what_cannot_be_saved_says_what_to_do(tokenizer, tmp_path):
+    def fails(message, model):
+        with pytest.raises(RuntimeError, match=message) as raised:
+            save_critic_model(model, tokenizer, tmp_path / "critic")
+        assert "merge_and_unload, unwrap _orig_mod, or use FSDP1's" in raised.value.__notes__[0]
+
+    model = make_model("llama", tokenizer)
+    fails("_orig_mod", torch.compile(model))
+    model.rwtransformer.norm.weight = torch.nn.Parameter(torch.ones(16))  # as FSDP1 leaves it
+    fails("size mismatch for model.norm.weight", model)
+    model.rwtransformer.layers[0].lora_A = torch.nn.Parameter(torch.ones(2))
+    fails("lora_A", model)
+    assert not (tmp_path / "critic").exists()
+
+
+def test_saving_warns_where_pad_is_eos(tokenizer, tmp_path):
+    same_id = copy.deepcopy(tokenizer)
+    same_id.pad_token = same_id.eos_token
+    with pytest.warns(UserWarning, match="PAD is EOS, .*add_special_tokens"):
+        save_critic_model(make_model("llama", same_id), same_id, tmp_path)
+
+
+# ---- arguments, precision, kernels ----
 
 IDS = torch.randint(2, 60, (4, 9), generator=torch.Generator().manual_seed(0))
 ROW_2_EMPTY = torch.tensor([[1], [1], [0], [1]])
@@ -343,9 +522,6 @@ def test_bad_calls_say_what_is_wrong(call, tokenizer):
     arguments, message = BAD_CALLS[call]
     with pytest.raises((ValueError, IndexError, TypeError), match=message):
         make_model("llama", tokenizer)(**arguments)
-
-
-NO_DECODER = "a critic needs a causal text decoder"
 
 
 def test_bad_arguments_of_the_constructor(tokenizer):
@@ -372,7 +548,144 @@ def test_data_parallel_is_an_error(tokenizer):
         model._replicate_for_data_parallel()(IDS)
 
 
-# ---- each token once ----
+@pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "llama", "falcon", "biogpt"])
+def test_dropout_overrides_every_field(name, tokenizer, tmp_path):
+    AutoModel.from_config(tiny_config(name)).save_pretrained(tmp_path)
+    model = create_critic_model(str(tmp_path), tokenizer, dropout=0.35).train()
+    fields = json.dumps(model.config.to_dict())
+    assert set(re.findall(r'(?:dropout|pdrop|_prob)": ([\d.]+)', fields)) == {"0.35"}
+    assert model(IDS)["loss"] != model(IDS)["loss"]
+
+
+def test_cudnn_attention_is_off_in_the_backbone_only(tokenizer):
+    """It gives NaN gradients on Hopper (pytorch#196678); the import leaves it on."""
+    model = make_model("llama", tokenizer)
+    found = []
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    model.rwtransformer.register_forward_pre_hook(lambda *_: found.append(enabled()))
+    model(IDS)
+    assert [*found, enabled()] == [False, True]
+
+
+@pytest.mark.parametrize("fp32", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, fp32, tokenizer):
+    model = make_model("llama", tokenizer, fp32=fp32)
+    batch = pad_rows(random_rows(6), "left")
+    expected = model(*batch)["loss"].item()
+    for parameter in model.parameters():  # not the buffers, as `from_pretrained` does
+        parameter.data = parameter.data.to(dtype)
+    for compute in (results, padded_results):
+        found = compute(model, *batch)
+        assert found["loss"].item() == pytest.approx(expected, rel=0.01)
+        assert found["loss"].dtype == (torch.float32 if fp32 else dtype)
+        assert torch.equal(found["values"], found["values"].to(dtype).float()) != fp32
+        assert all(value.isfinite().all() for value in found.values())
+    with torch.autocast("cpu", dtype):
+        assert model(*batch)["loss"].dtype == (torch.float32 if fp32 else dtype)
+
+
+def test_a_long_tail_in_fp16_does_not_overflow():
+    rewards = torch.tensor([[0], [12]], dtype=torch.float16).expand(2, 6000)  # they sum to 72,000
+    length = torch.tensor([6000, 6000])
+    assert critic.ranking_loss(rewards, length, torch.tensor([0]), "tokens")[0] == 12
+
+
+@pytest.mark.parametrize("kind", [None, {"use_reentrant": False}])
+def test_gradient_checkpointing_changes_no_gradient(kind, tokenizer):
+    model = make_model("llama", tokenizer).train()
+    embeddings = model.get_input_embeddings()
+    embeddings.requires_grad_(False)  # the reentrant kind would lose all gradients
+    batch = pad_rows(random_rows(6))
+    expected = results(model, *batch)
+    model.gradient_checkpointing_enable(kind)
+    assert model.rwtransformer.layers[0].gradient_checkpointing
+    same(results(model, *batch), expected)
+
+
+# ---- tiny models of every family ----
+
+# What an attribute becomes, in whatever family it occurs; of several patterns, the last counts.
+TINY = {
+    r"(?!\w*(kv|key_value))\w*_heads|n_head|\w*_experts|zero_expert_num": 4,
+    r"\w*hidden_size|d_model|n_embd|\w*emb(edding)?_(dim|size)|lru_width|mamba_d_ssm": 32,
+    r"word_embed_proj_dim|projection_dim|(vision_|projector_)(in|out)put_dim": 32,
+    r"(intermediate|ffn_hidden)_size|\w*ffn_dim|n_inner|dim_ff|dff|d_inner|mlp_dim": 48,
+    r"\w+_intermediate_size\w*|intermediate_size_mlp|expert_ffn_hidden_size|\w+_lora_rank": 16,
+    r"num_position_embeddings|\w+_embed_dim|image_size": 16,
+    r"(?!qk_head)\w*head_?dim|rotary_dim|dim_head|(mamba_)?d_head|kv_channels|index_topk": 8,
+    r"\w*(window|chunk|state)(_size)?|block_size|local_attention": 8,
+    r"router_hidden_size|hidden_size_per_layer_input|patch_size": 8,
+    r"moe_k|moe_topk|moe_layer_end_index|\w+_layer_period|num_kv_shared_layers|depth": 2,
+    r"(num_)?encoder_layers|num_experts_per_tok(en)?": 2,
+    r"n_groups?|topk_group|num_expert_group|(mamba_)?expand|\w+_layer_offset|max_window_layers": 1,
+    r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|\w+(shared_experts|token_id)": 1,
+    r"(\w+_)?vocab(_size)?(_per_layer_input)?": VOCAB,
+    "max_position_embeddings|n_positions|n_ctx|max_seq_len": 256,
+    "pad_token_id": PAD,
+    "use_sliding_window": True,
+    "attention_types": [[["global", "local"], 1]],
+    "deepstack_visual_indexes": [0],
+    "per_layer_config": {},
+}
+LAYERS = r"num_hidden_layers|n_layers?|num_(decoder_)?layers|decoder_layers|num_blocks"
+WINDOWED = {"full_attention", "sliding_attention"}
+
+
+def tiny_config(family, **overrides):
+    """Any family's text decoder, shrunk by its attributes' names, with a layer of each kind."""
+    config_class = transformers.CONFIG_MAPPING[family] if isinstance(family, str) else family
+    default = config_class().get_text_config(decoder=True)
+    given = default.to_dict()
+    tiny = {}
+    kinds = {}
+    for name, value in given.items():
+        for pattern, size in TINY.items():
+            if re.fullmatch(pattern, name):
+                tiny[name] = size
+        if re.fullmatch("(swa_)?num_(key_value|kv)_heads", name):
+            tiny[name] = 4 if value in (given.get("num_attention_heads"), None) else 2
+        if re.fullmatch(r"(mlp_)?layer_types|layers_block_type|block_types", name):
+            kinds[name] = set(value or ())
+    # Released checkpoints have windows, though not every default config.
+    if "sliding_window" in given and kinds.get("layer_types", {""}) <= WINDOWED:
+        kinds["layer_types"] = WINDOWED
+    count = max([2, *map(len, kinds.values())])
+    if "num_kv_shared_layers" in given:  # Gemma's later layers share the keys of earlier ones
+        count *= 2
+    tiny |= {name: count for name in given if re.fullmatch(LAYERS, name)}
+    tiny |= {name: (sorted(kind) * count)[:count] for name, kind in kinds.items() if kind}
+    return type(default)(**tiny | tiny_parts(default) | overrides)
+
+
+def tiny_parts(config):
+    """The configs inside of a config: text, vision, BLT's byte encoder."""
+    parts = {}
+    for name, part in vars(config).items():
+        if isinstance(part, transformers.PretrainedConfig):
+            parts[name] = tiny_config(type(part)).to_dict()
+    return parts
+
+
+ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+# name: (model_type, what differs from its tiny config)
+FAMILIES = {
+    "opt-350m": ("opt", {"word_embed_proj_dim": 16, "is_causal": True}),
+    "falcon": ("falcon", {"alibi": False}),
+    "falcon-alibi": ("falcon", {"alibi": True}),
+    "llama-dynamic": ("llama", {"max_position_embeddings": 24, "rope_scaling": ROPE}),
+    "gpt2": ("gpt2", {"n_positions": 32}),  # rows are shorter, padded batches longer
+}
+SAME_NAME = """
+llama mistral mixtral qwen2 olmo2 granite cohere qwen3 gemma gpt_bigcode opt gptj gpt_neo gpt_neox
+bloom mpt phi starcoder2 deepseek_v3 qwen2_moe stablelm qwen3_next gemma2 gemma3_text phi3 exaone4
+"""
+FAMILIES |= {name: (name, {}) for name in SAME_NAME.split()}
+TREE_FAMILIES = critic.TREE_FAMILIES
+TREES = [name for name, (family, _) in FAMILIES.items() if family in TREE_FAMILIES]
+
+
+# ---- the prefix tree: each token once ----
 
 
 def counted(model):
@@ -450,52 +763,6 @@ def test_unknown_options_of_attention_are_errors():
     query = torch.ones(1, 2, 3, 4)
     with pytest.raises(ValueError, match="does not know softcap: pass share_prefix=False"):
         critic.tree_attention(torch.nn.Module(), query, query, query, None, "a tree", softcap=1.0)
-
-
-def test_cudnn_attention_is_off_in_the_backbone_only(tokenizer):
-    """It gives NaN gradients on Hopper (pytorch#196678); the import leaves it on."""
-    model = make_model("llama", tokenizer)
-    found = []
-    enabled = torch.backends.cuda.cudnn_sdp_enabled
-    model.rwtransformer.register_forward_pre_hook(lambda *_: found.append(enabled()))
-    model(IDS)
-    assert [*found, enabled()] == [False, True]
-
-
-@pytest.mark.parametrize("fp32", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, fp32, tokenizer):
-    model = make_model("llama", tokenizer, fp32=fp32)
-    batch = pad_rows(random_rows(6), "left")
-    expected = model(*batch)["loss"].item()
-    for parameter in model.parameters():  # not the buffers, as `from_pretrained` does
-        parameter.data = parameter.data.to(dtype)
-    for compute in (results, padded_results):
-        found = compute(model, *batch)
-        assert found["loss"].item() == pytest.approx(expected, rel=0.01)
-        assert found["loss"].dtype == (torch.float32 if fp32 else dtype)
-        assert torch.equal(found["values"], found["values"].to(dtype).float()) != fp32
-        assert all(value.isfinite().all() for value in found.values())
-    with torch.autocast("cpu", dtype):
-        assert model(*batch)["loss"].dtype == (torch.float32 if fp32 else dtype)
-
-
-def test_a_long_tail_in_fp16_does_not_overflow():
-    rewards = torch.tensor([[0], [12]], dtype=torch.float16).expand(2, 6000)  # they sum to 72,000
-    length = torch.tensor([6000, 6000])
-    assert critic.ranking_loss(rewards, length, torch.tensor([0]), "tokens")[0] == 12
-
-
-@pytest.mark.parametrize("kind", [None, {"use_reentrant": False}])
-def test_gradient_checkpointing_changes_no_gradient(kind, tokenizer):
-    model = make_model("llama", tokenizer).train()
-    embeddings = model.get_input_embeddings()
-    embeddings.requires_grad_(False)  # the reentrant kind would lose all gradients
-    batch = pad_rows(random_rows(6))
-    expected = results(model, *batch)
-    model.gradient_checkpointing_enable(kind)
-    assert model.rwtransformer.layers[0].gradient_checkpointing
-    same(results(model, *batch), expected)
 
 
 # ---- blocks of attention ----
@@ -630,286 +897,6 @@ def test_every_family(family, tokenizer, tmp_path):
     assert_saved(model, tokenizer, tmp_path)
 
 
-def assert_saved(model, tokenizer, folder):
-    """create_critic_model, and transformers' own class if there is one, give the same scores."""
-    save_critic_model(model, tokenizer, folder)
-    batch = pad_rows(random_rows(1, pads=False))
-    scores = end_scores(model, *batch)
-    same(end_scores(read_critic(folder), *batch), scores, "loaded", rtol=2e-5)
-    if type(model.config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        hf_model = AutoModelForSequenceClassification.from_pretrained(folder)
-        logits = hf_model(batch[0], attention_mask=batch[1]).logits
-        same(logits[:, 0], scores, "transformers", rtol=2e-5)
-
-
-# ---- chapter 1 alone ----
-
-
-def test_chapter_1_is_a_complete_reward_model(tokenizer, tmp_path):
-    """Without chapter 2 and the lines that hand over to it: step 2, then step 3."""
-    chapter, mark, _ = Path(critic.__file__).read_text().partition("# ---- Chapter 2")
-    assert mark
-    lines = [line for line in chapter.splitlines() if not line.endswith("# chapter 2")]
-    (tmp_path / "chapter_1.py").write_text("\n".join(lines))
-    spec = importlib.util.spec_from_file_location("chapter_1", tmp_path / "chapter_1.py")
-    alone = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(alone)
-    base = write_base(tmp_path, "opt", tokenizer)
-    alone.save_critic_model(alone.create_critic_model(base, tokenizer), tokenizer, base)
-    step3 = alone.create_critic_model(base, tokenizer, rlhf_training=True)
-    ids, mask = pad_rows(random_rows(4))
-    for bits in (mask, None):
-        same(results(step3, ids, bits), results(read_critic(base), ids, bits))
-
-
-# ---- checkpoints ----
-
-
-def write_base(folder, name, tokenizer, **overrides):
-    make_backbone(name, **overrides).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def write_deepspeed_chat(folder, model, spelling="rwtransformer", head="v_head"):
-    folder.mkdir(parents=True)
-    state = {}
-    for key, value in model.state_dict().items():
-        state[key.replace("rwtransformer", spelling).replace("v_head", head)] = value
-    torch.save(state, folder / "pytorch_model.bin")
-    model.config.save_pretrained(folder)
-    return str(folder)
-
-
-def read_critic(folder, tokenizer=None, ds_config=None):
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
-    return create_critic_model(str(folder), tokenizer, ds_config, rlhf_training=True).eval()
-
-
-def end_scores(model, ids, mask):
-    return model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"]
-
-
-def assert_same_weights(a, b):
-    torch.testing.assert_close(a.state_dict(), b.state_dict(), atol=0, rtol=0)
-
-
-def damage(folder, change):
-    state = torch.load(Path(folder, "pytorch_model.bin"))
-    change(state)
-    torch.save(state, Path(folder, "pytorch_model.bin"))
-    return folder
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def test_a_saved_critic_and_training_it_further(tokenizer, tmp_path):
-    model = make_model("llama", tokenizer)
-    save_critic_model(model, tokenizer, tmp_path)
-    assert critic.TREE_ATTENTION not in (tmp_path / "config.json").read_text()
-    score = transformers.pipeline("text-classification", str(tmp_path))("w3 w4")[0]["score"]
-    ids = torch.tensor(tokenizer(["w3 w4"])["input_ids"])
-    assert score == pytest.approx(end_scores(model, ids, None).item(), abs=1e-5)
-    further = create_critic_model(str(tmp_path), tokenizer, loss_on="end", share_prefix=False)
-    assert_same_weights(further, model)
-    assert (further.loss_on, further.share_prefix) == ("end", False)
-
-
-# (prefix of the decoder's keys, None for transformers' own; head): transformers, OpenRLHF, OpenRLHF
-# with a name in its config, UltraRM, Beaver; DeepSpeed-Chat, its older spelling, InternLM2.
-HEADS = ("score", "value_head", "my_head", "regression_head", "score_head")
-FORMS = [(None, head) for head in HEADS]
-FORMS += [("rwtransformer", "v_head"), ("rwtranrsformer", "v_head"), (None, "v_head")]
-
-
-@pytest.mark.parametrize("name", ["opt", "llama", "bloom", "gpt2"])
-@pytest.mark.parametrize(("prefix", "head"), FORMS)
-def test_reward_checkpoints_of_others(prefix, head, name, tokenizer, tmp_path):
-    model = make_model(name, tokenizer)
-    prefix = prefix or model.rwtransformer.base_model_prefix
-    folder = write_deepspeed_chat(tmp_path / "reward", model, prefix, head)
-    edit(Path(folder, "config.json"), value_head_prefix=head)
-    assert_same_weights(read_critic(folder, tokenizer), model)
-
-
-def without(key):
-    return lambda folder: damage(folder, lambda state: state.pop(key))
-
-
-def with_key(key, *shape):
-    return lambda folder: damage(folder, lambda state: state.update({key: torch.ones(shape)}))
-
-
-def with_config(**changes):
-    return lambda folder: edit(Path(folder, "config.json"), **changes)
-
-
-def truncated(folder):
-    path = Path(folder, "pytorch_model.bin")
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-NORM = "rwtransformer.norm.weight"
-WRONG = "reward does not match its config.json: missing, unexpected or mis-shaped are .*"
-HEAD = ".*a head is score.weight, .1, H., without bias"
-# name: (what is done to a reward checkpoint, message)
-BAD_CHECKPOINTS = {
-    "a missing key": (without(NORM), WRONG + "model.norm.weight"),
-    "an unexpected key": (with_key("extra", 1), WRONG + "extra"),
-    "a mis-shaped key": (with_key(NORM, 3), WRONG + "model.norm.weight"),
-    "fewer tokens in the config": (with_config(vocab_size=90), WRONG + "embed_tokens.weight"),
-    "two labels": (with_key("v_head.weight", 2, 32), WRONG + "score.weight" + HEAD),
-    "a head with a bias": (with_key("v_head.bias", 1), WRONG + "score.bias" + HEAD),
-    "a truncated file": (truncated, "failed finding central directory"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
-def test_bad_checkpoints_are_errors(case, tokenizer, tmp_path):
-    folder = write_deepspeed_chat(tmp_path / "reward", make_model("llama", tokenizer))
-    spoil, message = BAD_CHECKPOINTS[case]
-    spoil(folder)
-    for needs_head in (True, False):
-        if needs_head or not re.search("head|label|unexpected", case):
-            with pytest.raises((ValueError, RuntimeError), match=message):
-                create_critic_model(folder, tokenizer, rlhf_training=needs_head)
-
-
-def test_bad_arguments_of_create(tokenizer, tmp_path):
-    base = write_base(tmp_path, "llama", tokenizer)
-    with pytest.raises(ValueError, match=r"mis-shaped are \['score.weight'\]" + HEAD):
-        create_critic_model(base, tokenizer, rlhf_training=True)
-    with pytest.raises(RuntimeError, match="LOCAL_RANK"):
-        create_critic_model(base, tokenizer, {"zero_optimization": {"stage": 3}})
-
-
-@pytest.mark.parametrize("kind", ["t5", "bert", "vit", "markuplm", "xlnet"])
-def test_other_models_are_errors(kind, tokenizer, tmp_path):
-    tiny_config(kind).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=NO_DECODER):
-        create_critic_model(str(tmp_path), tokenizer)
-
-
-@pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "llama", "falcon", "biogpt"])
-def test_dropout_overrides_every_field(name, tokenizer, tmp_path):
-    AutoModel.from_config(tiny_config(name)).save_pretrained(tmp_path)
-    model = create_critic_model(str(tmp_path), tokenizer, dropout=0.35).train()
-    fields = json.dumps(model.config.to_dict())
-    assert set(re.findall(r'(?:dropout|pdrop|_prob)": ([\d.]+)', fields)) == {"0.35"}
-    assert model(IDS)["loss"] != model(IDS)["loss"]
-
-
-DTYPES = [  # arguments of create_critic_model, dtype
-    ({}, torch.float32),
-    ({"ds_config": BF16}, torch.bfloat16),
-    ({"ds_config": {"fp16": {"enabled": True}}}, torch.float16),
-    ({"ds_config": BF16, "dtype": torch.float16}, torch.float16),
-]
-
-
-@pytest.mark.parametrize(("options", "dtype"), DTYPES)
-def test_dtype_and_growing_vocabulary(options, dtype, tokenizer, tmp_path):
-    base = write_base(tmp_path, "llama", tokenizer)
-    model = create_critic_model(base, tokenizer)
-    assert model.config.vocab_size == VOCAB  # the tokenizer has 8 fewer
-    longer = longer_by(11, tokenizer)
-    model = create_critic_model(base, longer, **options)
-    assert model.get_input_embeddings().weight.shape[0] == 104
-    save_critic_model(model, longer, base)
-    loaded = create_critic_model(base, longer, rlhf_training=True, **options)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-    assert_same_weights(loaded, model)
-
-
-# ---- saving ----
-
-
-def test_a_save_replaces_the_older_critic_and_nothing_else(tokenizer, tmp_path):
-    model = make_model("llama", tokenizer)
-    folder = tmp_path / "critic"
-    write_deepspeed_chat(folder, model)
-    (folder / "special_tokens_map.json").write_text('{"pad_token": "<eos>"}')
-    names = [
-        "chat_samples.jsonl",
-        "special_cases.csv",
-        "added_rows.json",
-        "model_step1.safetensors",
-    ]
-    for name in names:
-        (folder / name).write_text("the user's")
-    other = copy.deepcopy(tokenizer)
-    other.padding_side = "left"
-    both = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    for template in ("{{ messages }}", both, None):
-        other.chat_template = template
-        save_critic_model(model, other, folder)
-        saved = AutoTokenizer.from_pretrained(folder)
-        kept = (saved.chat_template, saved.padding_side, saved.pad_token_id)
-        assert kept == (template, "left", PAD)
-        assert_same_weights(read_critic(folder), model)
-    assert all((folder / name).read_text() == "the user's" for name in names)
-    assert not (folder / "pytorch_model.bin").exists()
-
-
-def test_what_cannot_be_saved_says_what_to_do(tokenizer, tmp_path):
-    def fails(message, model):
-        with pytest.raises(RuntimeError, match=message) as raised:
-            save_critic_model(model, tokenizer, tmp_path / "critic")
-        assert "merge_and_unload, unwrap _orig_mod, or use FSDP1's" in raised.value.__notes__[0]
-
-    model = make_model("llama", tokenizer)
-    fails("_orig_mod", torch.compile(model))
-    model.rwtransformer.norm.weight = torch.nn.Parameter(torch.ones(16))  # as FSDP1 leaves it
-    fails("size mismatch for model.norm.weight", model)
-    model.rwtransformer.layers[0].lora_A = torch.nn.Parameter(torch.ones(2))
-    fails("lora_A", model)
-    assert not (tmp_path / "critic").exists()
-
-
-def test_saving_warns_where_pad_is_eos(tokenizer, tmp_path):
-    same_id = copy.deepcopy(tokenizer)
-    same_id.pad_token = same_id.eos_token
-    with pytest.warns(UserWarning, match="PAD is EOS, .*add_special_tokens"):
-        save_critic_model(make_model("llama", same_id), same_id, tmp_path)
-
-
-def test_a_kill_between_shards_leaves_no_wrong_critic(tokenizer, tmp_path, monkeypatch):
-    """Nothing runs after the interruption, as after a SIGKILL."""
-    library = transformers.modeling_utils
-    save = library.PreTrainedModel.save_pretrained
-    in_shards = functools.partialmethod(save, max_shard_size="30KB")
-    monkeypatch.setattr(library.PreTrainedModel, "save_pretrained", in_shards)
-    save_file = mock.Mock(wraps=library.safe_save_file)
-    monkeypatch.setattr(library, "safe_save_file", save_file)
-    save_critic_model(make_model("llama", tokenizer, seed=1), tokenizer, tmp_path)
-    model = make_model("llama", tokenizer)
-    for written in range(3):
-        save_file.side_effect = [mock.DEFAULT] * written + [KeyboardInterrupt]
-        with pytest.raises(KeyboardInterrupt):
-            save_critic_model(model, tokenizer, tmp_path)
-        with pytest.raises((OSError, ValueError)):
-            read_critic(tmp_path, tokenizer)
-    save_file.side_effect = None
-    save_critic_model(model, tokenizer, tmp_path)
-    assert_same_weights(read_critic(tmp_path), model)
-
-
-def test_under_a_live_config_of_zero_3(tokenizer, tmp_path):
-    """As TrainingArguments(deepspeed=...) keeps one: one process saves and loads whole weights."""
-    from transformers.integrations import HfDeepSpeedConfig
-
-    model = make_model("llama", tokenizer)
-    zero = {"zero_optimization": {"stage": 3}}
-    alive = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1} | zero)
-    save_critic_model(model, tokenizer, tmp_path)
-    assert_same_weights(read_critic(tmp_path), model)
-    del alive
-
-
-# ---- clients ----
-
 MULTIMODAL = """gemma3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe mistral3 llama4 llava
 internvl idefics3 aya_vision"""
 
@@ -936,6 +923,44 @@ def test_the_text_decoder_of_a_multimodal_checkpoint(name, tokenizer, tmp_path):
     values = model.forward_value(ids, return_value_only=True)
     same(values, expected, "values", rtol=2e-5)
     assert_saved(model, tokenizer, tmp_path)
+
+
+# ---- chapters alone ----
+
+
+def without_chapters(number, folder):
+    """critic.py without the chapters from this one on, and without the lines that lead there."""
+    kept, mark, _ = Path(critic.__file__).read_text().partition(f"# ---- Chapter {number}")
+    assert mark
+    lines = [line for line in kept.splitlines() if not line.endswith("# chapter 3")]
+    path = folder / f"before_chapter_{number}.py"
+    path.write_text("\n".join(lines))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_chapter_1_alone_is_a_complete_reward_model(tokenizer, tmp_path):
+    alone = without_chapters(2, tmp_path).RewardModel(make_backbone("opt"), tokenizer)
+    model = RewardModel(make_backbone("opt"), tokenizer)
+    model.v_head = alone.v_head
+    for ids, mask in (make_batch(seed) for seed in range(6)):
+        same(results(alone, ids, mask), results(model, ids, mask))
+        assert_same_as_reference(alone, ids, mask)
+
+
+def test_without_chapter_3_steps_2_and_3_are_the_same(tokenizer, tmp_path):
+    padded = without_chapters(3, tmp_path)
+    base = write_base(tmp_path, "opt", tokenizer)
+    padded.save_critic_model(padded.create_critic_model(base, tokenizer), tokenizer, base)
+    step3 = padded.create_critic_model(base, tokenizer, rlhf_training=True)
+    ids, mask = pad_rows(random_rows(4))
+    for bits in (mask, None):
+        same(results(step3, ids, bits), results(read_critic(base), ids, bits))
+
+
+# ---- clients ----
 
 
 def as_a_batch(pairs):
@@ -1132,7 +1157,8 @@ def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained, tokenizer)
     output = trained(2, stage)
     steps, evaluations = read_metrics(output)
     assert set(steps[0]) | {"pairs_per_second"} == set(METRICS.split())
-    assert set(evaluations[0]) == {"step", *(f"eval_{name}" for name in MEANS)}
+    assert set(evaluations[0]) == {"step", "eval_pairs", *(f"eval_{name}" for name in MEANS)}
+    assert [line["eval_pairs"] for line in evaluations] == [21] * 4
     assert [line["step"] for line in evaluations] == [0, 5, 10, 12]
     assert [line["step"] for line in steps] == list(range(1, 13))
     for line in steps:  # in float32 at ZeRO 0 DeepSpeed does not give the norm
@@ -1188,7 +1214,6 @@ NEWLINE = "{{ '\\n' }}"
 def loop():
     import train_reward
 
-    train_reward.progress = lambda items, **options: items  # here are no ranks
     return train_reward
 
 
@@ -1229,7 +1254,7 @@ NO = [message("no", "assistant")]
 CALL = [message(None, "assistant", tool_calls=[{"at": None}])]
 ANSWER = [message("42", "tool"), *YES]
 TOOLS = [{"name": "look"}]
-CALLED = """[{"name": "look"}] u:Q;a:[{'at': None}];t:42;a:yes;"""
+CALLED = """[{"name": "look"}] u:Q;a:[{}];t:42;a:yes;"""
 WITH_TOOLS = f'{CALLED} > [{{"name": "look"}}] u:Q;a:no;'
 # name: (row, texts between BOS and EOS)
 ROWS = {
@@ -1263,11 +1288,9 @@ def test_loop_every_form_of_a_row(form, read_pairs, chat_tokenizer):
 
 @pytest.mark.parametrize("end", ["<eos>", "<eos>" + NEWLINE, NEWLINE, ""])
 def test_loop_trains_what_the_template_renders(end, read_pairs, chat_tokenizer, monkeypatch):
-    """As clients render it: ChatML's templates write a newline after EOS."""
+    """As clients score it: ChatML's templates write a newline after EOS, Gemma's no EOS."""
     monkeypatch.setattr(chat_tokenizer, "chat_template", TEMPLATE.replace("END", end))
     texts = [chat_tokenizer.apply_chat_template(Q + turn, tokenize=False) for turn in (YES, NO)]
-    if "<eos>" not in end:
-        texts = [text + "<eos>" for text in texts]
     (pair,) = read_pairs([row(YES, NO, prompt=Q)])
     assert tokens_of(pair) == chat_tokenizer(texts, add_special_tokens=False)["input_ids"]
     both = len(pair.chosen) + len(pair.rejected)
@@ -1344,57 +1367,44 @@ def test_loop_dealing_keeps_a_prompt_together(loop):
     assert prompts == [[0, 2, 2, 4], [1, 1, 1, 3]]
 
 
-def test_loop_batches_of_each_rank(loop, monkeypatch):
-    """40 pairs of 20 prompts: 2 epochs of 2 steps of 16 pairs, on 2 ranks in micro-batches of 4."""
+def test_loop_shuffles_prompts_and_keeps_their_pairs_together(loop):
     pairs = draw_pairs(loop, 40, 2)
-    args = argparse.Namespace(num_train_epochs=2, seed=0)
-    engine = mock.Mock(global_steps=0)
-    engine.train_batch_size.return_value = 16
+    orders = [loop.shuffle_prompts(pairs, seed) for seed in (0, 0, 1)]
+    prompts = [[pair.prompt for pair in order] for order in orders]
+    assert prompts[0] == prompts[1] != prompts[2]
+    for order in prompts:
+        assert order[::2] == order[1::2]
+        assert sorted(order[::2]) == list(range(20))
+
+
+def test_loop_batches_of_each_rank(loop, monkeypatch):
+    """16 pairs on 2 ranks in micro-batches of 4."""
+    pairs = draw_pairs(loop, 16, 2)
+    engine = mock.Mock()
     engine.train_micro_batch_size_per_gpu.return_value = 4
     monkeypatch.setattr(loop.dist, "get_world_size", lambda: 2)
-    epochs = [[], []]
+    found = []
     for rank in (0, 1):
         monkeypatch.setattr(loop.dist, "get_rank", mock.Mock(return_value=rank))
-        steps = list(loop.batches_of_rank(pairs, engine, args, PAD))
-        assert [len(batches) for batches in steps] == [2, 2, 2, 2]
-        for step, batches in enumerate(steps):
-            for batch in batches:
-                epochs[step // 2] += batch["input_ids"][:4, 0].tolist()
-    for prompts in epochs:  # all of a prompt's pairs are in one batch
-        assert prompts[::2] == prompts[1::2]
-        assert len(set(prompts)) == 16
-    assert set(epochs[0]) != set(epochs[1])
+        batches = list(loop.batches_of_rank(pairs, engine, PAD))
+        assert [len(batch["input_ids"]) for batch in batches] == [8, 8]
+        for ids, mask in (batch.values() for batch in batches):
+            rows = [row[bits == 1].tolist() for row, bits in zip(ids, mask)]
+            assert not ids[mask == 0].any()
+            found += zip(rows[:4], rows[4:])
+    expected = [(pair.chosen.tolist(), pair.rejected.tolist()) for pair in pairs]
+    assert sorted(found) == sorted(expected)
 
 
 def test_loop_holds_out_a_tenth_of_the_prompts(loop, monkeypatch):
     pairs = draw_pairs(loop, 100, 2)
     monkeypatch.setattr(loop, "read_pairs", mock.Mock(return_value=pairs))
-    parts = loop.read_data(mock.Mock(eval_path=None), None)
+    parts = loop.read_data(mock.Mock(data_path=["a"], eval_path=None), None)
     assert [len(part) for part in parts] == [90, 10]
     assert not set.intersection(*({pair.prompt for pair in part} for part in parts))
 
 
-def train_and_record():
-    """The next step's batches are made before the loss is read."""
-    import train_reward
-
-    calls = mock.Mock()
-    for name in ("deal", "run_batches"):
-        function = getattr(train_reward, name)
-        setattr(train_reward, name, getattr(calls, name))
-        getattr(calls, name).side_effect = function
-    train_reward.dist = mock.Mock(wraps=torch.distributed)
-    calls.attach_mock(train_reward.dist.all_reduce, "all_reduce")
-    train_reward.main()
-    names = [call[0] for call in calls.mock_calls]
-    assert names[:8] == ["all_reduce", "deal", *["run_batches", "deal", "all_reduce"] * 2], names
-
-
-def test_loop_makes_the_next_batch_before_it_reads_the_loss(training, tmp_path):
-    run_ranks(training(tmp_path / "out"), main=train_and_record, ranks=1)
-
-
-def test_loop_without_epochs_only_evaluates(training, tokenizer, tmp_path):
+def test_loop_without_data_evaluates_all_pairs(training, tokenizer, tmp_path):
     """A head of zeros, where all are ties; 5 pairs on two ranks, of which one has none in the last
     batch. PAD is EOS and the vocabulary full, as in many a reward model."""
     full = longer_by(8, tokenizer)
@@ -1403,11 +1413,14 @@ def test_loop_without_epochs_only_evaluates(training, tokenizer, tmp_path):
     torch.nn.init.zeros_(model.v_head.weight)
     save_critic_model(model, full, tmp_path / "flat")
     rows = write_rows(tmp_path / "eval.jsonl.gz", make_pairs(5))
-    arguments = training(tmp_path / "out", 3, 4, train_micro_batch_size_per_gpu=1)
-    arguments += f" --model_name_or_path {tmp_path}/flat --data_path {rows} --eval_path {rows}"
-    run_ranks(f"{arguments} --num_train_epochs 0")
+    config = write_ds_config(tmp_path / "ds.json", 3, train_micro_batch_size_per_gpu=1)
+    arguments = f"--model_name_or_path {tmp_path}/flat --eval_path {rows} --max_seq_len 64 "
+    printed = run_ranks(f"{arguments} --output_dir {tmp_path}/out --deepspeed_config {config}")
+    assert printed.count("flat: value head: from the checkpoint; weights that are not used: 0") == 1
+    assert printed.count("eval.jsonl.gz']: 5 pairs; dropped 0") == 1
     steps, [found] = read_metrics(tmp_path / "out")
     assert (steps, found["step"], found["eval_accuracy"]) == ([], 0, 0.5)
+    assert found["eval_pairs"] == 5
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -1496,10 +1509,15 @@ def test_loop_fsdp_saves_the_same_weights(tokenizer, tmp_path):
     run_ranks(main=functools.partial(save_under_fsdp, str(tmp_path)))
 
 
-def test_loop_without_a_launcher_is_an_error(loop, monkeypatch):
-    """Also under srun."""
+def test_loop_without_a_launcher_is_one_process(training, tmp_path):
+    run_ranks(training(tmp_path / "out", 1, 4), ranks=None)
+    assert len(read_metrics(tmp_path / "out")[0]) == 12
+
+
+def test_loop_several_slurm_tasks_without_rank_are_an_error(loop, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SystemExit, match="run deepspeed train_reward.py, or torchrun"):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(SystemExit, match="several SLURM tasks without RANK: run srun torchrun"):
         loop.start_ranks()
 
 
@@ -1578,7 +1596,9 @@ def test_loop_a_killed_run_resumes_bitwise_identical(stage, trained, training):
     assert names == ["step-000000010", "step-000000012"]
 
 
-DIFFERENT = "data seed dropout loss_on compute_fp32_loss max_seq_len deepspeed_config"
+DIFFERENT = (
+    "data_path eval_path seed dropout loss_on compute_fp32_loss max_seq_len deepspeed_config"
+)
 
 
 def test_loop_resume_of_another_run_is_an_error(trained, training, tmp_path):
@@ -1692,8 +1712,7 @@ BAD_ROWS = {  # name: (row, or bytes of the file, message)
     "a message without role": (row([{"content": "w3"}], TALK), FORMS),
     "a prompt without role": (row(TALK, TALK, prompt=[{}]), FORMS),
     "a long complaint": (row([message("w3", "robot " * 99)], TALK), ":1: role robot.{100,150}$"),
-    "tools as a text": (row(TALK, TALK, tools="w3"), ":1: Tools should either be a JSON schema"),
-    "a repeated prompt": (row("w3 w4", "w3", prompt="w3"), ":1: chosen begins with the prompt"),
+    "tools as a text": (row(TALK, TALK, tools="w3"), ":1: Expecting value"),
 }
 
 
@@ -1716,7 +1735,7 @@ BAD_FLAGS = {
     "--output_dir {folder}/used": "used holds metrics.jsonl: pass another --output_dir",
     "--output_dir {folder}/base --resume": "base holds config.json: pass another --output_dir",
     "--deepspeed_config {folder}/missing.json": "missing.json",
-    "--deepspeed_config {folder}/used/metrics.jsonl": "Expecting value",
+    "--deepspeed_config {folder}/good.jsonl.gz": "good.jsonl.gz: 'utf-8' codec",
     "only --data_path {folder}/good.jsonl.gz": "give --model_name_or_path and --data_path",
     "only --model_name_or_path {folder}/base": "give --model_name_or_path and --data_path",
 }
@@ -1733,7 +1752,7 @@ def bad_input(tokenizer, tmp_path_factory):
     write_rows(folder / "one.jsonl.gz", [GOOD])
     write_ds_config(folder / "ds_config")
     (folder / "used").mkdir()
-    (folder / "used" / "metrics.jsonl").touch()
+    (folder / "used" / "metrics.jsonl").write_text("{}")
     return folder
 
 
@@ -1746,7 +1765,7 @@ def test_loop_bad_input_is_one_line_and_changes_nothing(words, bad_input):
     assert "train_reward.py: error: " in printed and "Traceback" not in printed, printed
     assert re.search(BAD_FLAGS[words], printed), printed
     assert not (bad_input / "out").exists()
-    assert not (bad_input / "used" / "metrics.jsonl").read_text()
+    assert (bad_input / "used" / "metrics.jsonl").read_text() == "{}"
 
 
 # ---- the benchmark: python test_critic.py [--only long] ----

@@ -5,6 +5,7 @@ Without arguments a small critic learns, offline, to prefer Python's manual to T
 """
 
 import argparse
+import fcntl
 import gzip
 import itertools
 import json
@@ -14,6 +15,7 @@ import random
 import shutil
 import sys
 import time
+import zlib
 from array import array
 from collections import defaultdict
 from hashlib import file_digest, sha256
@@ -24,7 +26,7 @@ from typing import NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -32,12 +34,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaModel, 
 
 from critic import create_critic_model, on_rank_0, save_critic_model
 
-
-class Pair(NamedTuple):
-    prompt: bytes  # a hash
-    chosen: array  # token ids
-    rejected: array
-    tokens: int  # of both, the common prefix once: what the pair costs
+# ---- Flags, config and model ----
 
 
 def parse_args():
@@ -45,10 +42,11 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--model_name_or_path", help="decoder or reward model, folder or hub id (omit for a demo)")
-    add("--data_path", nargs="+", help="pairs: .jsonl or .jsonl.gz files (omit for a demo)")
+    add("--data_path", nargs="+", help="pairs: .jsonl or .jsonl.gz files (omit to only evaluate)")
     add("--eval_path", nargs="+", help="held-out pairs (else those of 10%% of the prompts)")
     add("--max_seq_len", type=int, default=512, help="tokens; pairs with a longer text are dropped")
-    add("--num_train_epochs", type=int, default=1, help="passes over the data (0: only evaluate)")
+    add("--num_train_epochs", type=int, default=1, help="passes over the data")
+    add("--learning_rate", type=float, help="overrides the optimizer's in --deepspeed_config")
     add("--output_dir", default="output", help="where critic, metrics.jsonl and checkpoints go")
     add("--seed", type=int, default=1234, help="for the value head, the order of the data, dropout")
     add("--dropout", type=float, help="overrides every dropout probability of the model")
@@ -61,8 +59,15 @@ def parse_args():
     add("--deepspeed_config", default=str(Path(__file__).with_name("ds_config.json")))
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
-    if bool(args.model_name_or_path) != bool(args.data_path):
-        parser.error("give --model_name_or_path and --data_path")
+    has_data = bool(args.data_path or args.eval_path)
+    if bool(args.model_name_or_path) != has_data:
+        parser.error("give --model_name_or_path and --data_path, or to evaluate --eval_path")
+    args.is_demonstration = not has_data
+    args.only_evaluates = has_data and not args.data_path
+    if args.num_train_epochs < 1:
+        parser.error("--num_train_epochs must be at least 1; to evaluate, omit --data_path")
+    if args.only_evaluates and args.resume:
+        parser.error("--resume continues training: give --data_path")
     return args
 
 
@@ -71,18 +76,68 @@ def fail(problem):
     sys.exit(f"train_reward.py: error: {' '.join(str(problem).split())}")
 
 
+def is_rank_0():
+    """Also without a process group, as in a notebook that reads data."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text):
+    if is_rank_0():
+        print(text, flush=True)
+
+
+def progress(items=None, **options):
+    return tqdm(items, disable=not is_rank_0(), mininterval=5, delay=2, **options)
+
+
 def start_ranks():
-    if "RANK" not in os.environ:  # also under srun, whose tasks would not know of each other
-        fail("no launcher: run deepspeed train_reward.py, or torchrun train_reward.py")
+    if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:  # they would not know of each other
+            fail("several SLURM tasks without RANK: run srun torchrun train_reward.py")
+        # One process, so that a debugger works. Port 0 is any free one.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     deepspeed.init_distributed()
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, only rank 0 prints
     logging.set_verbosity_error()  # else transformers warns that the head is newly initialised
-    torch.backends.cuda.enable_cudnn_sdp(False)  # also where activations are recomputed
 
 
-def progress(items, **options):
-    return tqdm(items, disable=dist.get_rank() > 0, mininterval=5, delay=2, **options)
+def auto_keys(config):
+    """The keys with value "auto", which transformers' Trainer fills in and DeepSpeed does not."""
+    found = []
+    for key, value in config.items():
+        if value == "auto":
+            found.append(key)
+        elif isinstance(value, dict) and key != "zero_optimization":  # there, auto is the default
+            found += [f"{key}.{inner}" for inner in auto_keys(value)]
+    return found
+
+
+def read_config(args):
+    """DeepSpeed's config, checked before anything is loaded."""
+    path = args.deepspeed_config
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        if args.only_evaluates:  # without the optimizer's memory
+            config.pop("optimizer", None)
+            config.pop("scheduler", None)
+        elif "optimizer" not in config:
+            raise ValueError('"optimizer" is missing: add one, as in ds_config.json')
+        if args.learning_rate is not None and not args.only_evaluates:
+            set_learning_rate(config, args.learning_rate)
+        unresolved = set(auto_keys(config)) - {"scheduler.params.total_num_steps"}
+        if unresolved:
+            raise ValueError(f'"auto" at {sorted(unresolved)}: write a value')
+        DeepSpeedConfig(config)  # among others, checks the batch sizes
+    except (AssertionError, DeepSpeedConfigError, ValueError) as error:
+        raise ValueError(f"--deepspeed_config {path}: {error}") from error
+    return config
+
+
+def set_learning_rate(config, learning_rate):
+    schedule = config.get("scheduler", {}).get("type", "WarmupCosineLR")
+    if schedule != "WarmupCosineLR":
+        raise ValueError(f"--learning_rate: {schedule} sets its own: change its params instead")
+    config["optimizer"].setdefault("params", {})["lr"] = learning_rate
 
 
 def load_model(args, ds_config):
@@ -91,10 +146,14 @@ def load_model(args, ds_config):
     if tokenizer.eos_token is None:
         raise ValueError(f"{path}: the tokenizer has no EOS token, which ends every text: set it")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        # A trained model has no embedding for a new token, and needs none to be evaluated.
+        pad_token = tokenizer.eos_token if args.only_evaluates else "[PAD]"
+        tokenizer.add_special_tokens({"pad_token": pad_token})
     torch.manual_seed(args.seed)  # for a newly initialised head
     options = {name: getattr(args, name) for name in ("dropout", "compute_fp32_loss", "loss_on")}
+    options["rlhf_training"] = args.only_evaluates  # requires a head
     model = create_critic_model(path, tokenizer, ds_config, **options)
+    say(f"{path}: {model.load_report}")
     limit = getattr(model.config, "max_position_embeddings", math.inf)
     if args.max_seq_len > limit:
         raise ValueError(f"--max_seq_len is {args.max_seq_len}, but {path} has {limit} positions")
@@ -104,8 +163,35 @@ def load_model(args, ds_config):
     return model, tokenizer
 
 
+# ---- Data: rows, texts, token ids, pairs ----
+
 FORMS = """pass "chosen" and "rejected", or "ranked", with or without "prompt": all texts, or all
 lists of {"role", "content"} messages"""
+# What stands between the prompt and the response of a complete text: of HH-RLHF and others.
+RESPONSE_TAGS = ("\n\nAssistant:", "\nAssistant:", "\nA:", "<|assistant|>", "<|im_start|>assistant")
+RESPONSE_TAGS += ("<start_of_turn>model", "### Response:", "[/INST]")
+
+
+class Row(NamedTuple):
+    """A line of a data file."""
+
+    prompt: str  # tells which rows have one prompt; "" if none is given or found
+    texts: list[str]  # prompt and response, best response first
+    is_plain: bool  # EOS is appended; else a chat template rendered it
+    add_special_tokens: bool  # for plain texts that do not begin with BOS already
+    repeats_prompt: bool  # a response begins with the prompt
+
+
+class Pair(NamedTuple):
+    prompt: bytes  # a hash
+    chosen: array  # token ids
+    rejected: array
+    tokens: int  # of both, the common prefix once: what the pair costs
+
+
+def drop_nulls(values):
+    """null counts as absent: datasets' to_json writes null for every key that a row lacks."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def is_response(value):
@@ -115,8 +201,31 @@ def is_response(value):
     return isinstance(value, str) and value.strip() != ""
 
 
+def prompt_of_texts(prompt, texts):
+    """The given prompt, else what all texts begin with, up to the tag of the response."""
+    if prompt:
+        prompt = prompt.rstrip()
+        for tag in RESPONSE_TAGS:
+            prompt = prompt.removesuffix(tag)
+        return prompt.strip()
+    common = os.path.commonprefix(texts)
+    end = max(common.rfind(tag) for tag in RESPONSE_TAGS)
+    if end < 0:
+        end = common.rfind("\n")  # a line that the responses share may hide a prompt
+    return (common[: max(end, 0)] or common).strip()
+
+
+def prompt_of_messages(prompt, dialogues):
+    """The messages, given or those that all dialogues begin with, up to the user's last one."""
+    turns = [[json.dumps(turn, sort_keys=True) for turn in dialogue] for dialogue in dialogues]
+    count = len(prompt or os.path.commonprefix(turns))
+    users = [at for at, turn in enumerate(dialogues[0][:count]) if turn["role"] == "user"]
+    end = users[-1] + 1 if users else count
+    return "".join(turns[0][:end])
+
+
 def encode_row(row, tokenizer):
-    """Returns the prompt, given or found, and token ids with EOS, best response first."""
+    """A Row of the JSON object of a line. Raises ValueError if it has none of the FORMS."""
     prompt = row.get("prompt")
     responses = row.get("ranked") or [row.get("chosen"), row.get("rejected")]
     parts = [prompt, *responses] if prompt else responses
@@ -125,31 +234,27 @@ def encode_row(row, tokenizer):
     if not is_good or len(responses) < 2:
         raise ValueError(FORMS)
     complete = responses
+    repeats_prompt = False
     if prompt:
-        if responses[0][: len(prompt)] == prompt:
-            raise ValueError("chosen begins with the prompt, which would be there twice: delete it")
         complete = [prompt + response for response in responses]
-    texts = complete
-    is_text = kinds == {str}
-    if is_text:
-        common = os.path.commonprefix(texts)
-        found = prompt or common.rpartition("\n")[0] or common
-    else:
-        found = str(prompt or complete[0][:-1] or "")
-        options = {"tools": row.get("tools"), "tokenize": False}
-        texts = [tokenizer.apply_chat_template(messages, **options) for messages in complete]
-    rows = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=is_text)["input_ids"]  # a template writes BOS
-        has_eos = ids[-1:] == [tokenizer.eos_token_id]
-        if not has_eos and not text.rstrip().endswith(tokenizer.eos_token):
-            ids.append(tokenizer.eos_token_id)
-        rows.append(array("i", ids))
-    return found, rows
+        repeats_prompt = any(response[: len(prompt)] == prompt for response in responses)
+    if kinds == {str}:
+        "".join(complete).encode()  # an error for half of a surrogate pair
+        bos = tokenizer.bos_token
+        has_bos = bos is not None and all(text.startswith(bos) for text in complete)
+        return Row(prompt_of_texts(prompt, complete), complete, True, not has_bos, repeats_prompt)
+    tools = row.get("tools")
+    if isinstance(tools, str):  # as many hub datasets store them
+        tools = json.loads(tools, object_hook=drop_nulls)
+    texts = []
+    for messages in complete:
+        texts.append(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+    return Row(prompt_of_messages(prompt, complete), texts, False, False, repeats_prompt)
 
 
 def read_rows(paths, tokenizer):
-    """Yield `encode_row` of all lines of .jsonl[.gz] files. Errors name file and line."""
+    """Yield a Row for each line of .jsonl[.gz] files. Errors name file and line."""
+    bad = (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError, TemplateError)
     for path in paths:
         opener = gzip.open if path.endswith(".gz") else open
         number = 0
@@ -157,9 +262,36 @@ def read_rows(paths, tokenizer):
             with opener(path, "rb") as lines:
                 for number, line in enumerate(progress(lines, desc=path), 1):
                     if line.strip():
-                        yield encode_row(dict(json.loads(line)), tokenizer)
-        except (OSError, EOFError, ValueError, TypeError, RecursionError, TemplateError) as error:
+                        row = json.loads(line, object_hook=drop_nulls)
+                        yield encode_row(dict(row), tokenizer)
+        except bad as error:
             raise ValueError(f"{path}:{number}: {str(error)[:150]}") from error
+
+
+def tokenize(rows, tokenizer):
+    """Yield each row with the token ids of its texts, best response first.
+
+    Messages become what the template renders, since pipelines, TRL and vLLM score that. A plain
+    text gets the tokenizer's special tokens, unless it begins with BOS already, and EOS, once.
+    """
+    eos = tokenizer.eos_token_id
+    for special, group in itertools.groupby(rows, key=lambda row: row.add_special_tokens):
+        while batch := list(itertools.islice(group, 1000)):  # in one call, it uses its threads
+            texts = list(itertools.chain.from_iterable(row.texts for row in batch))
+            options = {"add_special_tokens": special, "return_attention_mask": False}
+            encoded = iter(tokenizer(texts, **options)["input_ids"])
+            for row in batch:
+                ids_of_row = list(itertools.islice(encoded, len(row.texts)))
+                if row.is_plain:
+                    ids_of_row = [end_with(ids, eos) for ids in ids_of_row]
+                yield row, [array("i", ids) for ids in ids_of_row]
+
+
+def end_with(ids, eos):
+    """Append EOS where the text or the tokenizer has not."""
+    while ids[-1:] == [eos]:
+        ids = ids[:-1]
+    return [*ids, eos]
 
 
 def read_pairs(paths, tokenizer, max_seq_len):
@@ -167,18 +299,20 @@ def read_pairs(paths, tokenizer, max_seq_len):
     pairs = []
     dropped = 0
     without_prompt = 0
-    for found, rows in read_rows(paths, tokenizer):
-        prompt = sha256(found.strip().encode() or rows[0]).digest()
-        without_prompt += not found.strip()
-        for chosen, rejected in itertools.combinations(rows, 2):
+    repeat_prompt = 0
+    for row, texts in tokenize(read_rows(paths, tokenizer), tokenizer):
+        prompt = sha256((row.prompt or row.texts[0]).encode()).digest()
+        without_prompt += not row.prompt
+        repeat_prompt += row.repeats_prompt
+        for chosen, rejected in itertools.combinations(texts, 2):
             if chosen == rejected or max(len(chosen), len(rejected)) > max_seq_len:
                 dropped += 1
                 continue
             shared = len(os.path.commonprefix([chosen.tolist(), rejected.tolist()]))
             pairs.append(Pair(prompt, chosen, rejected, len(chosen) + len(rejected) - shared))
     counts = f"{len(pairs)} pairs; dropped {dropped} that are identical or longer than"
-    counts += f" {max_seq_len} tokens; {without_prompt} rows have no prompt or common prefix"
-    print(f"{paths}: {counts}", flush=True)
+    counts += f" {max_seq_len} tokens; {without_prompt} rows have no prompt or common prefix,"
+    say(f"{paths}: {counts} {repeat_prompt} have a response that begins with the prompt")
     if pairs:
         return pairs
     raise ValueError(f"{paths}: no pairs remain: pass more, or raise --max_seq_len")
@@ -186,12 +320,36 @@ def read_pairs(paths, tokenizer, max_seq_len):
 
 def read_data(args, tokenizer):
     """The pairs to train on, and the held-out ones: --eval_path's, or a tenth of the prompts."""
-    pairs = read_pairs(args.data_path, tokenizer, args.max_seq_len)
+    pairs = []
+    if args.data_path:
+        pairs = read_pairs(args.data_path, tokenizer, args.max_seq_len)
     if args.eval_path:
         return pairs, read_pairs(args.eval_path, tokenizer, args.max_seq_len)
+    # Prompts are hashes, whose order says nothing about the prompt: every tenth is a random one.
     held_out = set(sorted({pair.prompt for pair in pairs})[::10])
     eval_pairs = [pair for pair in pairs if pair.prompt in held_out]
     return [pair for pair in pairs if pair.prompt not in held_out], eval_pairs
+
+
+def demonstration(folder):
+    """Write a small Llama on bytes, and pairs: passages of Python's manual, and in Title Case."""
+    rows = []
+    for topic in topics.values():
+        text = " ".join(topic.split())
+        for at in range(0, len(text) - 120, 300):
+            response = text[at + 40 : at + 120]
+            texts = {"chosen": response, "rejected": response.title()}
+            rows.append({"prompt": text[at : at + 40]} | texts)
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "vocab_size": len(tokenizer) + 5}
+    torch.manual_seed(1)  # the same base model for every --seed
+    LlamaModel(LlamaConfig(**sizes, pad_token_id=0, eos_token_id=1)).save_pretrained(folder)
+    (folder / "manual.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+# ---- Batches ----
 
 
 def by_prompt(pairs):
@@ -199,6 +357,12 @@ def by_prompt(pairs):
     for pair in pairs:
         groups[pair.prompt].append(pair)
     return list(groups.values())
+
+
+def shuffle_prompts(pairs, seed):
+    """The pairs of a prompt stay together, to overfit less (InstructGPT, section 3.5)."""
+    prompts = by_prompt(pairs)
+    return list(itertools.chain(*random.Random(seed).sample(prompts, len(prompts))))
 
 
 def deal(pairs, ranks):
@@ -227,118 +391,129 @@ def collate(pairs, pad_id):
     return {"input_ids": input_ids, "attention_mask": mask}
 
 
-def batches_of_rank(pairs, engine, args, pad_id):
-    """For each step that is left, yield this rank's micro-batches."""
-    pairs_per_step = engine.train_batch_size()
+def batches_of_rank(pairs, engine, pad_id):
+    """Yield this rank's micro-batches of the pairs of a step."""
     micro_batch = engine.train_micro_batch_size_per_gpu()
-    skip = engine.global_steps
-    prompts = by_prompt(pairs)
-    for epoch in range(args.num_train_epochs):
-        # The pairs of a prompt stay together, to overfit less (InstructGPT, section 3.5).
-        shuffled = itertools.chain(*random.Random(args.seed + epoch).sample(prompts, len(prompts)))
-        for _ in range(len(pairs) // pairs_per_step):
-            step_pairs = list(itertools.islice(shuffled, pairs_per_step))
-            if skip > 0:
-                skip -= 1
-                continue
-            dealt = deal(step_pairs, dist.get_world_size())
-            mine = dealt[dist.get_rank()]
-            starts = range(0, len(mine), micro_batch)
-            yield [collate(mine[at : at + micro_batch], pad_id) for at in starts]
+    mine = deal(pairs, dist.get_world_size())[dist.get_rank()]
+    for at in range(0, len(mine), micro_batch):
+        yield collate(mine[at : at + micro_batch], pad_id)
 
 
-def demonstration(folder):
-    """Write a small Llama on bytes, and pairs: passages of Python's manual, and in Title Case."""
-    rows = []
-    for topic in topics.values():
-        text = " ".join(topic.split())
-        for at in range(0, len(text) - 120, 300):
-            response = text[at + 40 : at + 120]
-            texts = {"chosen": response, "rejected": response.title()}
-            rows.append({"prompt": text[at : at + 40]} | texts)
-    tokenizer = ByT5Tokenizer(extra_ids=0)
-    tokenizer.save_pretrained(folder)
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "vocab_size": len(tokenizer) + 5}
-    LlamaModel(LlamaConfig(**sizes, pad_token_id=0, eos_token_id=1)).save_pretrained(folder)
-    (folder / "manual.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+# ---- Engine, checkpoints and resume ----
+
+RUN_FILES = ("demo", "config.json", "metrics.jsonl", "checkpoints")
+SETTINGS = ("model_name_or_path", "seed", "num_train_epochs", "dropout", "loss_on", "max_seq_len")
+SETTINGS += ("compute_fp32_loss",)
 
 
 def make_engine(model, ds_config, pairs, args):
     pairs_per_step = DeepSpeedConfig(ds_config).train_batch_size
     epoch_steps = len(pairs) // pairs_per_step  # the remaining pairs are others in each epoch
-    if args.num_train_epochs and not epoch_steps:
+    if not epoch_steps and not args.only_evaluates:
         raise ValueError(f"{len(pairs)} training pairs give no step of {pairs_per_step}: pass more")
     schedule = ds_config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
         schedule["total_num_steps"] = args.num_train_epochs * epoch_steps
-    return deepspeed.initialize(model=model, config=ds_config)[0], epoch_steps
+    return deepspeed.initialize(model=model, config=ds_config)[0]
 
 
 def newest_checkpoint(folder):
     return max(folder.glob("checkpoints/step-*"), default=None)
 
 
-def check_output_dir(folder, resume):
-    """Raise ValueError if the folder holds a run, unless --resume can continue or restart it."""
-    found = [name for name in ("config.json", "metrics.jsonl") if (folder / name).exists()]
-    if found and not (resume and (newest_checkpoint(folder) or found == ["metrics.jsonl"])):
+def check_output_dir(folder, args):
+    """Raise ValueError if the folder holds a run, unless this one may continue or replace it."""
+    found = []
+    for name in RUN_FILES:
+        path = folder / name
+        if path.exists() and path.stat().st_size > 0:  # a lock on metrics.jsonl leaves it empty
+            found.append(name)
+    is_unfinished = "config.json" not in found
+    may_write = args.resume and (is_unfinished or newest_checkpoint(folder) is not None)
+    if "demo" in found:  # a demonstration replaces an earlier one, and nothing else
+        may_write = args.is_demonstration
+    if found and not may_write:
         fix = "pass another --output_dir, or --resume a run with checkpoints"
         raise ValueError(f"{folder} holds {found[0]}: {fix}")
+
+
+def open_metrics(folder, args):
+    """Open metrics.jsonl, locked while the run lives. Only rank 0 writes into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl" if is_rank_0() else os.devnull
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    on_rank_0(lock_metrics, file, folder, args)
+    return file
+
+
+def lock_metrics(file, folder, args):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        fix = "end it, or pass another --output_dir"
+        raise ValueError(f"{file.name}: another run writes there: {fix} ({error})") from error
+    if args.is_demonstration and not args.resume:
+        file.truncate(0)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    check_output_dir(folder, args)  # again: another run may have ended since
 
 
 def fingerprint(args, ds_config):
     """What a resumed run must have in common with the interrupted one."""
     settings = {"deepspeed_config": ds_config, "number of ranks": dist.get_world_size()}
-    names = "model_name_or_path seed num_train_epochs dropout loss_on max_seq_len compute_fp32_loss"
-    for name in names.split():
+    for name in SETTINGS:
         settings[name] = getattr(args, name)
-    settings["data"] = []
-    for path in args.data_path + (args.eval_path or []):
-        with open(path, "rb") as file:
-            settings["data"].append(file_digest(file, "sha256").hexdigest())
+    for name in ("data_path", "eval_path"):
+        settings[name] = []
+        for path in getattr(args, name) or []:
+            with open(path, "rb") as file:
+                settings[name].append(file_digest(file, "sha256").hexdigest())
     return settings
 
 
-def resume_run(engine, folder, settings):
-    """Load the newest checkpoint and cut metrics.jsonl to its lines; without one, delete it."""
+def resume_run(engine, folder, file, settings):
+    """Load the newest checkpoint, if there is one, and cut metrics.jsonl to its lines."""
     newest = on_rank_0(newest_checkpoint, folder)
-    if newest is None:
-        on_rank_0(Path.unlink, folder / "metrics.jsonl", True)  # of a run without checkpoints
-        return
-    print(f"resuming from {newest}; if it cannot be read, delete it", flush=True)
-    before, written = json.loads((newest / "run.json").read_text())
-    changed = [name for name in settings if settings[name] != before[name]]
-    if changed:
-        raise ValueError(f"--resume: {changed} changed since {newest}: undo that, or start over")
-    engine.load_checkpoint(str(newest.parent), newest.name)
-    on_rank_0(os.truncate, folder / "metrics.jsonl", written)
+    written = 0
+    if newest is not None:
+        say(f"resuming from {newest}; if it cannot be read, delete it")
+        before, written = json.loads((newest / "run.json").read_text())
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed:
+            raise ValueError(
+                f"--resume: {changed} changed since {newest}: undo that, or start over"
+            )
+        engine.load_checkpoint(str(newest.parent), newest.name)
+    on_rank_0(file.truncate, min(written, file.tell()))
 
 
-def save_checkpoint(engine, folder, settings):
+def save_checkpoint(engine, folder, file, settings):
     """Write a checkpoint, rename it once it is complete, and delete all but the newest two."""
     unfinished = folder / "checkpoints" / "unfinished"
     engine.save_checkpoint(str(unfinished.parent), unfinished.name, save_latest=False)
-    on_rank_0(finish_checkpoint, unfinished, engine.global_steps, settings)
+    on_rank_0(finish_checkpoint, unfinished, engine.global_steps, [settings, file.tell()])
 
 
-def finish_checkpoint(unfinished, step, settings):
-    written = (unfinished.parent.parent / "metrics.jsonl").stat().st_size
-    (unfinished / "run.json").write_text(json.dumps([settings, written]))
+def finish_checkpoint(unfinished, step, run):
+    (unfinished / "run.json").write_text(json.dumps(run))
     os.replace(unfinished, unfinished.parent / f"step-{step:09d}")
     for old in sorted(unfinished.parent.glob("step-*"))[:-2]:
         shutil.rmtree(old)
 
 
-def log(engine, folder, metrics):
+# ---- Metrics ----
+
+EVAL_METRICS = ("eval_loss", "eval_accuracy", "eval_margin", "eval_chosen_score")
+EVAL_METRICS += ("eval_rejected_score",)
+
+
+def log(engine, file, metrics):
     step = engine.global_steps
-    if dist.get_rank() == 0:
-        with open(folder / "metrics.jsonl", "a") as file:
-            print(json.dumps({"step": step} | metrics), file=file)
+    print(json.dumps({"step": step} | metrics), file=file, flush=True)
     events = [(f"Train/{name}", x, step) for name, x in metrics.items() if x is not None]
     engine.monitor.write_events(events)
     if "eval_loss" in metrics:
-        print(f"\nstep {step}: {metrics}", flush=True)
+        say(f"\nstep {step}: {metrics}")
 
 
 def pair_metrics(output):
@@ -365,21 +540,7 @@ def evaluate(engine, pairs, pad_id, folder):
     dist.all_reduce(sums)
     means = (sums / len(pairs)).tolist()
     check_finite(means[0], f"step {engine.global_steps}: the held-out loss", folder)
-    names = "eval_loss eval_accuracy eval_margin eval_chosen_score eval_rejected_score"
-    return dict(zip(names.split(), means))
-
-
-def run_batches(engine, batches, seed):
-    """Forward and backward of a step. Returns sums of loss, accuracy and margin: (3,)."""
-    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    torch.manual_seed(seed)  # dropout: a resumed run draws the same
-    for number, batch in enumerate(batches):
-        output = engine(**batch)
-        engine.backward(output["loss"])
-        if number + 1 < len(batches):
-            engine.step()  # counts the micro-batch; the optimizer steps after the last one
-        sums += pair_metrics(output)[:3].sum(1)
-    return sums
+    return dict(zip(EVAL_METRICS, means)) | {"eval_pairs": len(pairs)}
 
 
 def check_finite(value, what, folder):
@@ -391,13 +552,33 @@ def check_finite(value, what, folder):
 
 
 def gradient_norm(engine):
-    """Of the last step. None: not given, or fp16 seeks its scale. NaN: the step was skipped."""
+    """Of the last step. None: not given, or fp16 seeks its loss scale. Infinite: not applied."""
     if engine.was_step_applied():
         norm = engine.get_global_grad_norm()
         return None if norm is None else float(norm)
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
         return None
-    return math.nan
+    return math.inf
+
+
+# ---- The loop ----
+
+
+def set_up(args, folder):
+    """Everything before the first step. Bad input ends here, before anything is written."""
+    ds_config = read_config(args)
+    on_rank_0(check_output_dir, folder, args)
+    if args.is_demonstration:
+        args.model_name_or_path = f"{folder}/demo"
+        args.data_path = [f"{folder}/demo/manual.jsonl"]
+        on_rank_0(demonstration, folder / "demo")
+    model, tokenizer = load_model(args, ds_config)
+    train_pairs, eval_pairs = read_data(args, tokenizer)
+    engine = make_engine(model, ds_config, train_pairs, args)
+    settings = on_rank_0(fingerprint, args, ds_config)
+    file = open_metrics(folder, args)
+    resume_run(engine, folder, file, settings)
+    return engine, tokenizer, train_pairs, eval_pairs, settings, file
 
 
 def main():
@@ -405,53 +586,51 @@ def main():
     start_ranks()
     folder = Path(args.output_dir)
     try:
-        ds_config = json.loads(Path(args.deepspeed_config).read_text(encoding="utf-8"))
-        on_rank_0(check_output_dir, folder, args.resume)
-        if args.model_name_or_path is None:
-            args.model_name_or_path = f"{folder}/demo"
-            args.data_path = [f"{folder}/demo/manual.jsonl"]
-            on_rank_0(demonstration, folder / "demo")
-        model, tokenizer = load_model(args, ds_config)
-        train_pairs, eval_pairs = read_data(args, tokenizer)
-        engine, epoch_steps = make_engine(model, ds_config, train_pairs, args)
-        settings = fingerprint(args, ds_config)
-        folder.mkdir(parents=True, exist_ok=True)
-        resume_run(engine, folder, settings)
+        engine, tokenizer, train_pairs, eval_pairs, settings, file = set_up(args, folder)
     except (OSError, ValueError) as error:  # bad input; anything else keeps its traceback
         fail(error)
     pad_id = tokenizer.pad_token_id
     pairs_per_step = engine.train_batch_size()
+    epoch_steps = len(train_pairs) // pairs_per_step
     total_steps = args.num_train_epochs * epoch_steps
-    if engine.global_steps == 0:
-        log(engine, folder, evaluate(engine, eval_pairs, pad_id, folder))
-    if total_steps < 1:
+    step = engine.global_steps  # 0, or that of the checkpoint
+    if step == 0:
+        log(engine, file, evaluate(engine, eval_pairs, pad_id, folder))
+    if args.only_evaluates:
         return
-    batches = batches_of_rank(train_pairs, engine, args, pad_id)
-    batch = next(batches, None)
-    steps = range(engine.global_steps + 1, total_steps + 1)
-    bar = progress(steps, initial=engine.global_steps, total=total_steps, desc="training")
-    for step in bar:
-        began = time.perf_counter()
-        seed = args.seed + step * dist.get_world_size() + dist.get_rank()
-        sums = run_batches(engine, batch, seed)
-        batch = next(batches, None)  # dealt and collated while the device still works
-        dist.all_reduce(sums)
-        loss, accuracy, margin = (sums / pairs_per_step).tolist()  # the one sync before the step
-        check_finite(loss, f"step {step}: the loss", folder)
-        engine.step()
-        norm = gradient_norm(engine)
-        check_finite(norm or 0.0, f"step {step}: the gradient", folder)
-        metrics = {"epoch": step / epoch_steps, "loss": loss, "accuracy": accuracy}
-        metrics |= {"margin": margin, "grad_norm": norm, "learning_rate": engine.get_lr()[0]}
-        metrics["pairs_per_second"] = pairs_per_step / (time.perf_counter() - began)
-        log(engine, folder, metrics)
-        bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}", refresh=False)
-        if step == total_steps or (args.eval_interval and step % args.eval_interval == 0):
-            log(engine, folder, evaluate(engine, eval_pairs, pad_id, folder))
-        if args.save_interval and step % args.save_interval == 0:
-            save_checkpoint(engine, folder, settings)
+    bar = progress(initial=step, total=total_steps, desc="training")
+    for epoch in range(step // epoch_steps, args.num_train_epochs):
+        shuffled = shuffle_prompts(train_pairs, args.seed + epoch)
+        for at in range(step % epoch_steps, epoch_steps):
+            began = time.perf_counter()
+            step += 1
+            # Dropout depends on seed, step and rank only, so that a resumed run draws the same.
+            torch.manual_seed(args.seed + step * dist.get_world_size() + dist.get_rank())
+            step_pairs = shuffled[at * pairs_per_step : (at + 1) * pairs_per_step]
+            sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+            for batch in batches_of_rank(step_pairs, engine, pad_id):
+                output = engine(**batch)
+                engine.backward(output["loss"])
+                engine.step()  # of the optimizer, after the last micro-batch
+                sums += pair_metrics(output)[:3].sum(1)
+            dist.all_reduce(sums)
+            loss, accuracy, margin = (sums / pairs_per_step).tolist()
+            norm = gradient_norm(engine)
+            check_finite(loss, f"step {step}: the loss", folder)  # nothing is saved yet
+            check_finite(norm or 0.0, f"step {step}: the gradient", folder)
+            metrics = {"epoch": step / epoch_steps, "loss": loss, "accuracy": accuracy}
+            metrics |= {"margin": margin, "grad_norm": norm, "learning_rate": engine.get_lr()[0]}
+            metrics["pairs_per_second"] = pairs_per_step / (time.perf_counter() - began)
+            log(engine, file, metrics)
+            bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}", refresh=False)
+            bar.update()
+            if step == total_steps or (args.eval_interval and step % args.eval_interval == 0):
+                log(engine, file, evaluate(engine, eval_pairs, pad_id, folder))
+            if args.save_interval and step % args.save_interval == 0:
+                save_checkpoint(engine, folder, file, settings)
+    bar.close()
     save_critic_model(engine, tokenizer, folder)
-    print(f"critic saved: load it with create_critic_model('{folder}', ..., rlhf_training=True)")
+    say(f"critic saved: load it with create_critic_model('{folder}', ..., rlhf_training=True)")
 
 
 if __name__ == "__main__":
