@@ -25,10 +25,12 @@ import sys
 import tempfile
 import time
 from array import array
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
@@ -42,6 +44,7 @@ from critic import RewardModel, create_critic_model, save_critic_model
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 HERE = Path(__file__).parent
+README = HERE / "README.md"
 PAD = 0
 VOCAB = 96
 BF16 = {"bf16": {"enabled": True}}
@@ -268,9 +271,9 @@ def write_deepspeed_chat(folder, model, spelling="rwtransformer", head="v_head")
     return str(folder)
 
 
-def read_critic(folder, tokenizer=None, ds_config=None):
+def read_critic(folder, tokenizer=None):
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
-    return create_critic_model(str(folder), tokenizer, ds_config, rlhf_training=True).eval()
+    return create_critic_model(str(folder), tokenizer, rlhf_training=True)
 
 
 def end_scores(model, ids, mask):
@@ -312,18 +315,103 @@ def test_a_saved_critic_and_training_it_further(tokenizer, tmp_path):
 # (prefix of the decoder's keys, None for transformers' own; head): transformers, OpenRLHF, OpenRLHF
 # with a name in its config, UltraRM, Beaver; DeepSpeed-Chat, its older spelling, InternLM2.
 HEADS = ("score", "value_head", "my_head", "regression_head", "score_head")
-FORMS = [(None, head) for head in HEADS]
-FORMS += [("rwtransformer", "v_head"), ("rwtranrsformer", "v_head"), (None, "v_head")]
+CHECKPOINTS = [(None, head) for head in HEADS]
+CHECKPOINTS += [("rwtransformer", "v_head"), ("rwtranrsformer", "v_head"), (None, "v_head")]
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "bloom", "gpt2"])
-@pytest.mark.parametrize(("prefix", "head"), FORMS)
+@pytest.mark.parametrize(("prefix", "head"), CHECKPOINTS)
 def test_reward_checkpoints_of_others(prefix, head, name, tokenizer, tmp_path):
     model = make_model(name, tokenizer)
     prefix = prefix or model.rwtransformer.base_model_prefix
     folder = write_deepspeed_chat(tmp_path / "reward", model, prefix, head)
     edit(Path(folder, "config.json"), value_head_prefix=head)
     assert_same_weights(read_critic(folder, tokenizer), model)
+
+
+LM_HEAD = "lm_head.weight"
+NEW_HEAD = "value head: newly initialised; weights that are not used: "
+# name: (keys that are added to a base model, what the report says)
+REPORTS = {
+    "a base model": ({}, NEW_HEAD + "0 []"),
+    "a language model": ({LM_HEAD: (VOCAB, 32)}, NEW_HEAD + "1 ['lm_head.weight']"),
+    "two labels": ({"score.weight": (2, 32)}, NEW_HEAD + "1 ['score.weight']"),
+    "another name": (
+        {"v_head.summary.weight": (1, 32), "v_head.summary.bias": (1,)},
+        NEW_HEAD + "2 ['v_head.summary.bias', 'v_head.summary.weight']",
+    ),
+    "an MLP": (
+        {f"score.{layer}.weight": (32, 32) for layer in range(6)},
+        NEW_HEAD + "6 ['score.0.weight', .* 'score.4.weight']",
+    ),
+    "a reward model": (
+        {"value_head.weight": (1, 32), LM_HEAD: (VOCAB, 32)},
+        "value head: from the checkpoint; weights that are not used: 1 ['lm_head.weight']",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REPORTS)
+def test_the_report_says_which_head_it_is(case, tokenizer, tmp_path):
+    """And with rlhf_training another head than one row without bias is an error that names it."""
+    keys, report = REPORTS[case]
+    folder = write_base(tmp_path, "llama", tokenizer)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    state |= {key: torch.ones(shape) for key, shape in keys.items()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    model = create_critic_model(folder, tokenizer)
+    assert re.fullmatch(report.replace("[", r"\["), model.load_report)
+    has_head = "from the checkpoint" in report
+    assert (model.v_head.weight == 1).all() == has_head
+    if not has_head or LM_HEAD in keys:
+        with pytest.raises(ValueError, match=HEAD):
+            create_critic_model(folder, tokenizer, rlhf_training=True)
+
+
+def test_a_new_model_is_in_eval_mode_and_trains_after_train(tokenizer, tmp_path):
+    """In a loop that forgets `.train()`, all of it is in eval mode."""
+    base = write_base(tmp_path, "llama", tokenizer, dropout=0.5)
+    model = create_critic_model(base, tokenizer)
+    assert not any(module.training for module in model.modules())
+    assert model(IDS)["loss"] == model(IDS)["loss"]
+    model.train()
+    assert model(IDS)["loss"] != model(IDS)["loss"]
+    assert RewardModel(model.rwtransformer, tokenizer).training
+
+
+def test_arguments_of_create_reach_the_model(tokenizer, tmp_path):
+    """By their effect on the loss, and by DeepSpeed-Chat's positions."""
+    base = write_base(tmp_path, "opt", tokenizer)
+    default = create_critic_model(base, tokenizer)
+    assert default.share_prefix
+    save_critic_model(default, tokenizer, base)
+    ids = torch.cat([IDS, torch.full((4, 2), PAD)], 1)
+    ids[0, -1] = 5
+    ids[:, 0] = PAD
+    options = {"loss_on": "end"}, {"share_prefix": False}, {"compute_fp32_loss": True}
+    end, padded, in_float32 = (create_critic_model(base, tokenizer, **x) for x in options)
+    with_bos = create_critic_model(base, tokenizer, None, 1, True, None, 0, True)
+    for model, count in ((default, 0), (end, 0), (padded, 0), (with_bos, 1)):
+        assert_same_as_reference(model, ids, None, count)
+    losses = [model(ids)["loss"].item() for model in (default, end, padded, with_bos)]
+    assert len({round(loss, 5) for loss in losses}) == 3
+    assert not padded.share_prefix
+    with torch.autocast("cpu", torch.bfloat16):
+        dtypes = [model(ids)["loss"].dtype for model in (default, in_float32, with_bos)]
+    assert dtypes == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_transformers_pads_a_saved_critic_as_it_is(tokenizer, tmp_path):
+    """The saved config has the critic's PAD, also where the base model's config has another."""
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = "w3"
+    model = RewardModel(make_backbone("llama"), other)
+    save_critic_model(model, other, tmp_path)
+    hf_model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert hf_model.config.pad_token_id == other.pad_token_id != PAD
+    batch = other(["w5 w6", "w7 w8 w9 w10"], padding=True, return_tensors="pt")
+    scores = end_scores(model, batch["input_ids"], batch["attention_mask"])
+    same(hf_model(batch["input_ids"]).logits[:, 0], scores)
 
 
 DTYPES = [  # arguments of create_critic_model, dtype
@@ -373,6 +461,29 @@ def test_a_save_replaces_the_older_critic_and_nothing_else(tokenizer, tmp_path):
         assert_same_weights(read_critic(folder), model)
     assert all((folder / name).read_text() == "the user's" for name in names)
     assert not (folder / "pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize("name", [*critic.OLDER_WEIGHTS, *critic.OLDER_TOKENIZER])
+def test_nothing_of_an_older_critic_is_read(name, tokenizer, tmp_path):
+    """Each file that a loader would prefer, or add, to the new ones."""
+    (tmp_path / name).write_text('{"w3": 90, "pad_token": "<eos>", "weight_map": {}}')
+    model = make_model("llama", tokenizer)
+    save_critic_model(model, tokenizer, tmp_path)
+    assert_same_weights(read_critic(tmp_path), model)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert (saved.pad_token, saved.chat_template, len(saved)) == ("<pad>", None, len(tokenizer))
+
+
+def test_a_tokenizer_that_cannot_be_saved_leaves_no_critic(tokenizer, tmp_path, monkeypatch):
+    """Weights come last: a folder that loads is complete."""
+    model = make_model("llama", tokenizer)
+    save_critic_model(model, tokenizer, tmp_path)
+    full_disk = mock.Mock(side_effect=OSError("No space left on device"))
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_critic_model(model, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="no file named .*; if damaged, download it again"):
+        read_critic(tmp_path, tokenizer)
 
 
 def test_a_kill_between_shards_leaves_no_wrong_critic(tokenizer, tmp_path, monkeypatch):
@@ -461,8 +572,29 @@ def test_bad_checkpoints_are_errors(case, tokenizer, tmp_path):
                 create_critic_model(folder, tokenizer, rlhf_training=needs_head)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+
+
+@pytest.mark.parametrize("damage", [lambda _: LFS_POINTER, lambda data: data[:-100]])
+def test_a_damaged_shard_is_named(damage, tokenizer, tmp_path):
+    """A Git LFS pointer, and a truncated file."""
+    make_backbone("llama").save_pretrained(tmp_path, max_shard_size="30KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].write_bytes(damage(shards[1].read_bytes()))
+    with pytest.raises(ValueError, match=f"^{shards[1]}: .*; if damaged, download it again"):
+        create_critic_model(str(tmp_path), tokenizer)
+
+
 def test_bad_arguments_of_create(tokenizer, tmp_path):
     base = write_base(tmp_path, "llama", tokenizer)
+    for name in ("bf16", "fp16"):
+        with pytest.raises(ValueError, match=f"\"enabled\" of {name} in ds_config is 'auto'"):
+            create_critic_model(base, tokenizer, {name: {"enabled": "auto"}})
+    save_critic_model(make_model("llama", tokenizer), tokenizer, tmp_path / "reward")
+    create_critic_model(str(tmp_path / "reward"), longer_by(8, tokenizer), rlhf_training=True)
+    with pytest.raises(ValueError, match="has 97 tokens, but .*reward 96 embeddings: pass"):
+        create_critic_model(str(tmp_path / "reward"), longer_by(9, tokenizer), rlhf_training=True)
     with pytest.raises(ValueError, match=r"mis-shaped are \['score.weight'\]" + HEAD):
         create_critic_model(base, tokenizer, rlhf_training=True)
     with pytest.raises(RuntimeError, match="LOCAL_RANK"):
@@ -470,6 +602,17 @@ def test_bad_arguments_of_create(tokenizer, tmp_path):
 
 
 NO_DECODER = "a critic needs a causal text decoder"
+
+
+def test_a_family_without_a_class_in_transformers_warns(tokenizer, tmp_path):
+    """When the critic is made and when it is saved: only create_critic_model can load it."""
+    base = write_base(tmp_path, "granite", tokenizer)
+    warning = "transformers has no GraniteForSequenceClassification: only create_critic_model"
+    with pytest.warns(UserWarning, match=warning):
+        model = create_critic_model(base, tokenizer)
+    with pytest.warns(UserWarning, match=warning):
+        save_critic_model(model, tokenizer, tmp_path)
+    assert_same_weights(read_critic(tmp_path), model)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert", "vit", "markuplm", "xlnet"])
@@ -514,6 +657,7 @@ BAD_CALLS = {
     "a row masked out": ({"input_ids": IDS, "attention_mask": IDS * ROW_2_EMPTY}, "row 2"),
     "labels as ids": ({"input_ids": IDS - 100}, "index out of range"),
     "a cache": ({"input_ids": IDS, "past_key_values": ()}, "argument 'past_key_values'"),
+    "labels": ({"input_ids": IDS, "labels": IDS}, "argument 'labels'"),
 }
 
 
@@ -540,6 +684,11 @@ def test_bad_arguments_of_the_constructor(tokenizer):
     fails("has a head: pass its base_model", llama, transformers.AutoModelForCausalLM)
     fails(NO_DECODER, multimodal_config("llava"))
     fails(NO_DECODER, tiny_config("gemma3_text", is_causal=False))
+    fails(NO_DECODER, tiny_config("gemma3_text", use_bidirectional_attention=True))
+    fails(NO_DECODER, tiny_config("gemma4_text", use_bidirectional_attention="all"))
+    fails(NO_DECODER, tiny_config("embedding_gemma2_text"))
+    images_only = tiny_config("gemma4_text", use_bidirectional_attention="vision")
+    RewardModel(AutoModel.from_config(images_only), tokenizer)
 
 
 def test_data_parallel_is_an_error(tokenizer):
@@ -601,6 +750,23 @@ def test_gradient_checkpointing_changes_no_gradient(kind, tokenizer):
     model.gradient_checkpointing_enable(kind)
     assert model.rwtransformer.layers[0].gradient_checkpointing
     same(results(model, *batch), expected)
+    model.gradient_checkpointing_disable()
+    assert not model.rwtransformer.layers[0].gradient_checkpointing
+
+
+def test_recomputed_activations_do_not_use_cudnn_attention(tokenizer):
+    """The backward pass, in which they are recomputed, is outside of the model's own switch."""
+    model = make_model("llama", tokenizer).train()
+    found = []
+    attention = model.rwtransformer.layers[0].self_attn
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    attention.register_forward_pre_hook(lambda *_: found.append(enabled()))
+    try:
+        model.gradient_checkpointing_enable()
+        model(IDS)["loss"].backward()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert found == [False, False]
 
 
 # ---- tiny models of every family ----
@@ -741,6 +907,52 @@ def test_each_token_is_computed_once_and_equals_the_reference(name, loss_on, tok
         same(found, padded_results(model, ids, mask), "padded")
 
 
+def reference_nodes(ids, visible, needed):
+    """The prefix tree as a trie: {(parent, column, token, visible): node}, and each row's nodes."""
+    found = {}
+    paths = []
+    for row, bits, count in zip(ids.tolist(), visible.tolist(), needed.tolist()):
+        path = [None]
+        for column in range(count):
+            key = (path[-1], column, row[column], bits[column])
+            path.append(found.setdefault(key, len(found)))
+        paths.append(path[1:])
+    return found, paths
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_prefix_tree_equals_the_trie(seed):
+    ids, visible, _, length = critic.align(*make_batch(seed), PAD)
+    longer = torch.maximum(*length.chunk(2)).repeat(2)
+    for needed in (length, longer):
+        E = needed.max()
+        tree = critic.PrefixTree(ids[:, :E], visible[:, :E], needed, torch.Tensor.cpu)
+        found, paths = reference_nodes(ids, visible, needed)
+        assert len(tree.ids) == len(found)
+        pairs = set()
+        for row, path in enumerate(paths):
+            nodes = tree.node_index[row, : len(path)]
+            assert torch.equal(tree.ids[nodes], ids[row, : len(path)])
+            assert torch.equal(tree.visible[nodes], visible[row, : len(path)])
+            assert tree.columns[nodes].tolist() == list(range(len(path)))
+            pairs |= set(zip(path, nodes.tolist()))
+        assert len(pairs) == len(found)  # one node of the tree for each of the trie
+
+
+def test_a_backbone_that_loses_the_tree_raises(tokenizer, monkeypatch):
+    """A family whose attention does not get the keyword must not run without a mask."""
+    model = make_model("llama", tokenizer)
+    attention = type(model.rwtransformer.layers[0].self_attn)
+    forward = attention.forward
+
+    def forward_without_tree(self, *args, tree, **options):
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(attention, "forward", forward_without_tree)
+    with pytest.raises(RuntimeError, match="attn_mask"):
+        model(*pad_rows(random_rows(1)))
+
+
 def test_the_tree_is_off_with_eager_attention_or_several_devices(tokenizer):
     assert not make_model("llama", tokenizer, "eager").share_prefix
     backbone = make_backbone("llama")
@@ -804,6 +1016,16 @@ def test_causal_blocks_pass_no_mask(monkeypatch):
     full, windowed = (tree.masks(window, torch.float32) for window in (None, 8))
     for block, *masks in zip(tree.blocks, full, windowed):
         assert [mask is None for mask in masks] == [block.is_causal, False]
+
+
+def test_an_accelerator_gets_at_most_two_blocks_of_each_kind():
+    """However many rows there are, and however their lengths differ."""
+    for seed, longest in itertools.product(range(3), (28, 1500)):
+        rows = random_rows(seed, B=20, longest=longest)
+        ids, visible, _, length = critic.align(*pad_rows(rows), PAD)
+        tree = critic.PrefixTree(ids, visible, length, lambda x: x.to("meta"))
+        kinds = [block.is_causal for block in tree.blocks]
+        assert max(kinds.count(True), kinds.count(False)) <= 2
 
 
 def operations_per_layer(name, tokenizer, pairs, share_prefix=True):
@@ -973,6 +1195,16 @@ def some_pairs(count=8):
     return [dict(zip(SIDES, pair)) for pair in zip(rows[::2], rows[1::2])]
 
 
+def test_other_losses_are_built_from_the_scores(tokenizer):
+    """Llama 2's margin, for instance: end scores carry gradients."""
+    model = make_model("llama", tokenizer)
+    output = model(**as_a_batch(some_pairs(3)))
+    difference = output["chosen_mean_scores"] - output["rejected_mean_scores"]
+    found = gradients(model, -F.logsigmoid(difference - 1).mean())
+    assert all(gradient.any() for name, gradient in found.items() if "v_head" in name)
+    assert model.device == torch.device("cpu")
+
+
 def test_transformers_trainer_trains_and_evaluates(tokenizer, tmp_path):
     pytest.importorskip("accelerate")
     model = make_model("llama", tokenizer)
@@ -1004,17 +1236,6 @@ def test_lora_by_peft(tokenizer, tmp_path):
         assert (parameter.grad is not None) == bool(re.search("lora|v_head.*default", name))
     with pytest.raises(RuntimeError, match="lora"):
         save_critic_model(trained, tokenizer, tmp_path)
-
-
-def test_the_readmes_lora_runs_as_printed(tokenizer, tmp_path, monkeypatch):
-    pytest.importorskip("peft")
-    monkeypatch.chdir(tmp_path)
-    readme = (HERE / "README.md").read_text()
-    block = re.search(r"```python\n(from peft.*?)```", readme, re.DOTALL).group(1)
-    names = {**vars(critic), "tokenizer": tokenizer, "model": make_model("llama", tokenizer)}
-    names["batch"] = as_a_batch(some_pairs(3))
-    exec(block, names)  # noqa: S102
-    assert read_critic("merged")(**names["batch"])["loss"].isfinite()
 
 
 # ---- the loop, on real processes ----
@@ -1509,6 +1730,85 @@ def test_loop_fsdp_saves_the_same_weights(tokenizer, tmp_path):
     run_ranks(main=functools.partial(save_under_fsdp, str(tmp_path)))
 
 
+def wait_for_rank_0():
+    """The other ranks wait for it longer than the default group's timeout."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+    assert critic.on_rank_0(slowly, 4) == 4
+    with pytest.raises(KeyError, match="of rank 0"):
+        critic.on_rank_0(fails_on_rank_0)
+    state = {"weight": torch.ones(3)}
+    gathered = critic.gather_on_rank_0(state)
+    assert list(gathered) == [["weight"], []][torch.distributed.get_rank()]  # 140 GB, once
+
+
+def slowly(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def fails_on_rank_0():
+    assert torch.distributed.get_rank() == 0
+    raise KeyError("of rank 0")
+
+
+def test_loop_ranks_wait_for_rank_0_and_have_its_result_or_error():
+    run_ranks(main=wait_for_rank_0)
+
+
+def as_deepspeed_chat(base, folder):
+    """Every call in the form of its step 2, its `save_hf_format`, its RLHF engine and PPO."""
+    import deepspeed
+
+    deepspeed.init_distributed()
+    ds_config = make_ds_config(scheduler=None)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    options = {"dropout": None, "zero_stage": 0, "compute_fp32_loss": False}
+    step2 = create_critic_model(base, tokenizer, ds_config, 1, **options)
+    step2.gradient_checkpointing_enable()
+    engine, *_ = deepspeed.initialize(model=step2, config=ds_config, dist_init_required=True)
+    ids, mask = pad_rows(random_rows(1), extra=0)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    engine.train()
+    output = engine(**batch, use_cache=False)
+    same(output["loss"], engine(**batch)["loss"])
+    engine.backward(output["loss"])
+    engine.step()
+    model = engine.module if hasattr(engine, "module") else engine
+    torch.save(model.state_dict(), f"{folder}/pytorch_model.bin")
+    model.config.to_json_file(f"{folder}/config.json")
+
+    step3 = create_critic_model(
+        model_name_or_path=folder,
+        tokenizer=tokenizer,
+        ds_config=ds_config,
+        num_padding_at_beginning=1,
+        rlhf_training=True,
+        dropout=0.0,
+        zero_stage=0,
+        compute_fp32_loss=False,
+    )
+    engine, *_ = deepspeed.initialize(model=step3, config=ds_config)
+    engine.gradient_checkpointing_enable()
+    engine.eval()
+    assert_same_weights(step3, step2)
+    values = engine.forward_value(ids, mask, prompt_length=2)["values"].detach()
+    assert torch.equal(engine.forward_value(ids, mask, return_value_only=True), values)
+    engine.train()
+    found = engine.forward_value(**batch, return_value_only=True, use_cache=False)[:, :-1]
+    same(found, values[:, :-1])
+    engine.backward((found - 1).square().mean())
+    engine.step()
+    engine.eval()
+    assert not torch.equal(engine.forward_value(ids, mask)["values"], values)
+
+
+def test_loop_deepspeed_chats_own_calls(tokenizer, tmp_path):
+    base = write_base(tmp_path / "base", "opt", tokenizer)
+    (tmp_path / "step2").mkdir()
+    main = functools.partial(as_deepspeed_chat, base, str(tmp_path / "step2"))
+    run_ranks(main=main, ranks=1)
+
+
 def test_loop_without_a_launcher_is_one_process(training, tmp_path):
     run_ranks(training(tmp_path / "out", 1, 4), ranks=None)
     assert len(read_metrics(tmp_path / "out")[0]) == 12
@@ -1521,34 +1821,35 @@ def test_loop_several_slurm_tasks_without_rank_are_an_error(loop, monkeypatch):
         loop.start_ranks()
 
 
-def run_blocks(blocks, folder):
+def run_block(block, folder, demonstration):
+    folder.mkdir(exist_ok=True)
     os.chdir(folder)
-    for block in blocks:
-        exec(block, {})  # noqa: S102
+    if not Path("output").exists():
+        Path("output").symlink_to(demonstration)
+    exec(block, {})  # noqa: S102
+
+
+def run_blocks(blocks, folder, demonstration):
+    """In order, and each alone."""
+    for number, block in enumerate(blocks):
+        run_block(block, folder / "in-order", demonstration)
+        run_block(block, folder / str(number), demonstration)
+    assert read_critic(folder / "in-order" / "merged")(IDS)["loss"].isfinite()
 
 
 def test_loop_the_readmes_python_runs_as_printed(demonstration, tmp_path):
-    """Steps 2 and 3; the folder `output` is the demonstration's."""
-    readme = (HERE / "README.md").read_text()
-    blocks = re.findall(r"```python\n(import torch.*?)```", readme, re.DOTALL)
-    assert blocks
-    (tmp_path / "output").symlink_to(demonstration)
-    run_ranks(main=functools.partial(run_blocks, blocks, tmp_path), ranks=None)
-
-
-def memory(parameters, ranks):
-    """GiB of model states at ZeRO 1, 2, 3: 2 bytes of weights, 2 of gradients, 12 of AdamW."""
-    sizes = [4 + 12 / ranks, 2 + 14 / ranks, 16 / ranks]
-    gib = [size * parameters / 2**30 for size in sizes]
-    texts = [f"{size:.0f}" if size >= 10 else f"{size:.1f}" for size in gib]
-    return " / ".join(texts if ranks > 1 else texts[:1])
+    """Steps 2 and 3, and LoRA; the folder `output` is the demonstration's."""
+    pytest.importorskip("peft")
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    main = functools.partial(run_blocks, blocks, tmp_path, demonstration)
+    run_ranks(main=main, ranks=None)
 
 
 def test_loop_the_readmes_memory_is_right():
-    readme = (HERE / "README.md").read_text()
-    for name in ("1.2B", "8B", "70B"):
-        cells = [memory(float(name[:-1]) * 1e9, ranks) for ranks in (1, 8, 64)]
-        assert f"| {name} | {' | '.join(cells)} |" in readme
+    """2 bytes of weights, 2 of gradients and 12 of AdamW per parameter, at ZeRO 1, 2, 3."""
+    gib = [size * 8e9 / 2**30 for size in (4 + 12 / 8, 2 + 14 / 8, 16 / 8)]
+    assert f"on 8 GPUs take {' / '.join(f'{size:.0f}' for size in gib)} GiB" in README.read_text()
 
 
 # ---- kills and faults ----
