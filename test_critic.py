@@ -1625,7 +1625,8 @@ def test_loop_holds_out_a_tenth_of_the_prompts(loop, monkeypatch):
     assert not set.intersection(*({pair.prompt for pair in part} for part in parts))
 
 
-def test_loop_without_data_evaluates_all_pairs(training, tokenizer, tmp_path):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_loop_without_data_evaluates_all_pairs(stage, training, tokenizer, tmp_path):
     """A head of zeros, where all are ties; 5 pairs on two ranks, of which one has none in the last
     batch. PAD is EOS and the vocabulary full, as in many a reward model."""
     full = longer_by(8, tokenizer)
@@ -1634,7 +1635,7 @@ def test_loop_without_data_evaluates_all_pairs(training, tokenizer, tmp_path):
     torch.nn.init.zeros_(model.v_head.weight)
     save_critic_model(model, full, tmp_path / "flat")
     rows = write_rows(tmp_path / "eval.jsonl.gz", make_pairs(5))
-    config = write_ds_config(tmp_path / "ds.json", 3, train_micro_batch_size_per_gpu=1)
+    config = write_ds_config(tmp_path / "ds.json", stage, train_micro_batch_size_per_gpu=1)
     arguments = f"--model_name_or_path {tmp_path}/flat --eval_path {rows} --max_seq_len 64 "
     printed = run_ranks(f"{arguments} --output_dir {tmp_path}/out --deepspeed_config {config}")
     assert printed.count("flat: value head: from the checkpoint; weights that are not used: 0") == 1
@@ -1814,10 +1815,13 @@ def test_loop_without_a_launcher_is_one_process(training, tmp_path):
     assert len(read_metrics(tmp_path / "out")[0]) == 12
 
 
-def test_loop_several_slurm_tasks_without_rank_are_an_error(loop, monkeypatch):
+@pytest.mark.parametrize("tasks", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_loop_several_tasks_without_rank_are_an_error(tasks, loop, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    with pytest.raises(SystemExit, match="several SLURM tasks without RANK: run srun torchrun"):
+    monkeypatch.setenv(tasks, "2")
+    with pytest.raises(
+        SystemExit, match=f"several tasks .{tasks}. without RANK: run srun torchrun"
+    ):
         loop.start_ranks()
 
 

@@ -92,8 +92,9 @@ def progress(items=None, **options):
 
 def start_ranks():
     if "RANK" not in os.environ:
-        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:  # they would not know of each other
-            fail("several SLURM tasks without RANK: run srun torchrun train_reward.py")
+        for tasks in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+            if int(os.environ.get(tasks, "1")) > 1:  # they would not know of each other
+                fail(f"several tasks ({tasks}) without RANK: run srun torchrun train_reward.py")
         # One process, so that a debugger works. Port 0 is any free one.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -117,9 +118,8 @@ def read_config(args):
     path = args.deepspeed_config
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-        if args.only_evaluates:  # without the optimizer's memory
-            config.pop("optimizer", None)
-            config.pop("scheduler", None)
+        if args.only_evaluates:
+            remove_optimizer(config)
         elif "optimizer" not in config:
             raise ValueError('"optimizer" is missing: add one, as in ds_config.json')
         if args.learning_rate is not None and not args.only_evaluates:
@@ -131,6 +131,14 @@ def read_config(args):
     except (AssertionError, DeepSpeedConfigError, ValueError) as error:
         raise ValueError(f"--deepspeed_config {path}: {error}") from error
     return config
+
+
+def remove_optimizer(config):
+    """Its memory is not needed. ZeRO 1 and 2, which partition it, are errors without one."""
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    if (config.get("zero_optimization") or {}).get("stage") != 3:
+        config.pop("zero_optimization", None)
 
 
 def set_learning_rate(config, learning_rate):
@@ -513,7 +521,8 @@ def log(engine, file, metrics):
     events = [(f"Train/{name}", x, step) for name, x in metrics.items() if x is not None]
     engine.monitor.write_events(events)
     if "eval_loss" in metrics:
-        say(f"\nstep {step}: {metrics}")
+        rounded = {name: round(x, 4) for name, x in metrics.items()}
+        say(f"\nstep {step}: {rounded}")
 
 
 def pair_metrics(output):
