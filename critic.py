@@ -181,8 +181,11 @@ class RewardModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """As transformers' method. It turns cuDNN's attention off in the whole process, because
-        activations are recomputed in the backward pass, outside of the switch in `_score`."""
+        """As transformers' method; call this one, not base_model's.
+
+        It turns cuDNN's attention off in the whole process, because activations are recomputed in
+        the backward pass, outside of the switch in `_score`.
+        """
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.rwtransformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
@@ -289,14 +292,15 @@ def check_decoder(config: PretrainedConfig, name: str) -> None:
     is_text_only = config.get_text_config(decoder=True) is config
     is_decoder = (is_language_model or is_text_part) and has_backbone and is_text_only
 
-    is_encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    is_encoder = is_encoder or config.is_encoder_decoder
+    has_encoder = config.is_encoder_decoder
+    fills_masks = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING  # BERT, ...
     is_bidirectional = kind in ("xlnet", "embedding_gemma2_text")
     says_not_causal = getattr(config, "is_causal", True) is False
     # Gemma's "vision" attends in both directions within images only.
     direction = getattr(config, "use_bidirectional_attention", None)
     sees_later_text = direction not in (None, False, "vision")
-    if is_encoder or is_bidirectional or says_not_causal or sees_later_text or not is_decoder:
+    is_causal = not (is_bidirectional or says_not_causal or sees_later_text)
+    if has_encoder or fills_masks or not is_causal or not is_decoder:
         raise ValueError(f"{name} is a {kind} model: a critic needs a causal text decoder")
 
 
