@@ -365,7 +365,7 @@ def create_critic_model(
     if has_head:
         model.v_head.weight = hf_model.score.weight
     model.load_report = report
-    if (ds_config.get("zero_optimization") or {}).get("stage") == 3:
+    if ds_config.get("zero_optimization", {}).get("stage") == 3:
         partition_zero3(model, ds_config)
     return model
 
@@ -373,7 +373,7 @@ def create_critic_model(
 def training_dtype(ds_config):
     """The dtype of the parameters that DeepSpeed expects."""
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        enabled = (ds_config.get(name) or {}).get("enabled", False)
+        enabled = ds_config.get(name, {}).get("enabled", False)
         if enabled not in (True, False):  # DeepSpeed takes "auto" for false, in silence
             raise ValueError(f'"enabled" of {name} in ds_config is {enabled!r}: use true or false')
         if enabled:

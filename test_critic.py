@@ -507,6 +507,12 @@ def test_a_kill_between_shards_leaves_no_wrong_critic(tokenizer, tmp_path, monke
     assert_same_weights(read_critic(tmp_path), model)
 
 
+def test_a_save_makes_the_folder(tokenizer, tmp_path):
+    model = make_model("llama", tokenizer)
+    save_critic_model(model, tokenizer, str(tmp_path / "run" / "critic"))
+    assert_same_weights(read_critic(tmp_path / "run" / "critic"), model)
+
+
 def test_under_a_live_config_of_zero_3(tokenizer, tmp_path):
     """As TrainingArguments(deepspeed=...) keeps one: one process saves and loads whole weights."""
     from transformers.integrations import HfDeepSpeedConfig
@@ -541,6 +547,10 @@ def with_config(**changes):
     return lambda folder: edit(Path(folder, "config.json"), **changes)
 
 
+def many_keys(folder):
+    damage(folder, lambda state: state.update({f"extra.{n}": torch.ones(1) for n in range(9)}))
+
+
 def truncated(folder):
     path = Path(folder, "pytorch_model.bin")
     path.write_bytes(path.read_bytes()[:-1000])
@@ -557,6 +567,7 @@ BAD_CHECKPOINTS = {
     "fewer tokens in the config": (with_config(vocab_size=90), WRONG + "embed_tokens.weight"),
     "two labels": (with_key("v_head.weight", 2, 32), WRONG + "score.weight" + HEAD),
     "a head with a bias": (with_key("v_head.bias", 1), WRONG + "score.bias" + HEAD),
+    "many unexpected keys": (many_keys, WRONG[:-2] + r"\[('model.extra.\d'(, )?){5}\];"),
     "a truncated file": (truncated, "failed finding central directory"),
 }
 
@@ -704,6 +715,17 @@ def test_dropout_overrides_every_field(name, tokenizer, tmp_path):
     fields = json.dumps(model.config.to_dict())
     assert set(re.findall(r'(?:dropout|pdrop|_prob)": ([\d.]+)', fields)) == {"0.35"}
     assert model(IDS)["loss"] != model(IDS)["loss"]
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_no_cache_of_keys_is_kept(share_prefix, tokenizer, monkeypatch):
+    """It would hold the keys and values of all layers until the end of a forward."""
+    model = make_model("llama", tokenizer)
+    model.share_prefix = share_prefix
+    no_cache = mock.Mock(side_effect=AssertionError("a cache"))
+    monkeypatch.setattr(transformers.models.llama.modeling_llama, "DynamicCache", no_cache)
+    model(IDS)
+    model.forward_value(IDS)
 
 
 def test_cudnn_attention_is_off_in_the_backbone_only(tokenizer):
@@ -1005,6 +1027,35 @@ def test_any_blocks_equal_the_padded_batch(name, causal_from, step, tokenizer, m
         with torch.device("meta" if name == "llama" else "cpu"):
             found = results(model, ids, bits)
         same(found, padded_results(model, ids, bits))
+
+
+# (shared, visible, needed) tokens of a row: (is_causal, first query, last, keys) of its spans
+SPANS = {
+    (0, 511, 511): [(False, 0, 511, 511)],
+    (0, 512, 512): [(True, 0, 512, 512)],
+    (299, 600, 600): [(True, 0, 600, 600)],
+    (300, 600, 600): [(False, 300, 600, 600)],  # only half is new
+    (300, 600, 650): [(False, 300, 650, 600)],
+    (299, 600, 650): [(True, 0, 600, 600), (False, 600, 650, 600)],  # hidden padding
+}
+
+
+@pytest.mark.parametrize("counts", SPANS)
+def test_rows_of_512_tokens_that_are_mostly_new_are_causal(counts):
+    groups = critic.group_spans(*torch.tensor([counts]).T, 128)
+    found = []
+    for (is_causal, *_), spans in groups.items():
+        found += [(is_causal, *span[1:]) for span in spans]
+    assert found == SPANS[counts]
+
+
+def test_lengths_in_a_block_differ_little_on_a_cpu():
+    """Padding costs time: at most 128 tokens, and the rest of a multiple of 8."""
+    lengths = [1, 8, 9, 120, 127, 128, 255, 256, 300]
+    ids, visible, _, length = critic.align(*pad_rows([[5 + n] * n for n in lengths]), PAD)
+    tree = critic.PrefixTree(ids, visible, length, torch.Tensor.cpu)
+    shapes = [(*block.query_nodes.shape, block.key_nodes.size(1)) for block in tree.blocks]
+    assert shapes == [(5, 128, 128), (2, 256, 256), (2, 304, 304)]  # rows, Q, K
 
 
 def test_causal_blocks_pass_no_mask(monkeypatch):

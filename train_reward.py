@@ -137,7 +137,7 @@ def remove_optimizer(config):
     """Its memory is not needed. ZeRO 1 and 2, which partition it, are errors without one."""
     for name in ("optimizer", "scheduler"):
         config.pop(name, None)
-    if (config.get("zero_optimization") or {}).get("stage") != 3:
+    if config.get("zero_optimization", {}).get("stage") != 3:
         config.pop("zero_optimization", None)
 
 
