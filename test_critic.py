@@ -1197,7 +1197,154 @@ def demonstration(tmp_path_factory):
 
 
 def test_loop_the_demonstration_learns(demonstration):
-    assert read_metrics(demonstration)[1][-1]["eval_accuracy"] >= 0.9
+    first, *_, last = read_metrics(demonstration)[1]
+    assert 0.6 < first["eval_loss"] < 0.8
+    assert last["eval_loss"] < 0.2
+    assert last["eval_accuracy"] >= 0.9
+
+
+# ---- the loop, beside a plain one ----
+
+
+def encode(rows, tokenizer, max_seq_len):
+    """[prompt, chosen ids, rejected ids] of rows that are short enough."""
+    pairs = []
+    for row in rows:
+        texts = [row["prompt"] + row[side] + " <eos>" for side in SIDES]
+        ids = tokenizer(texts)["input_ids"]
+        if max(map(len, ids)) <= max_seq_len:
+            pairs.append([row["prompt"], *ids])
+    return pairs
+
+
+def hash_of_prompt(pair):
+    from hashlib import sha256
+
+    return sha256(pair[0].encode()).digest()
+
+
+def batch_of(pairs):
+    return pad_rows([pair[1] for pair in pairs] + [pair[2] for pair in pairs])
+
+
+@torch.no_grad()
+def reference_evaluation(model, pairs):
+    """Means of a plain loop over pairs."""
+    model.eval()
+    sums = torch.zeros(5, dtype=torch.float64)
+    for pair in pairs:
+        loss, chosen, rejected = model(*batch_of([pair])).values()
+        margin = chosen - rejected
+        values = [loss, (margin > 0).float(), margin, chosen, rejected]
+        sums += torch.tensor([float(value) for value in values])
+    means = (sums / len(pairs)).tolist()
+    return {f"eval_{name}": mean for name, mean in zip(MEANS, means)}
+
+
+def reference_rate(step, steps, warmup):
+    """WarmupCosineLR after a step, as a share of the learning rate: both minima are 0.1."""
+    if step <= warmup:
+        return 0.1 + 0.9 * math.log(step) / math.log(warmup)
+    progress = min(1, (step - warmup) / (steps - warmup))
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def reference_steps(model, pairs, epochs, seed, rate, size=8, warmup=3):
+    """Each step's METRICS, without the last, of a plain loop with one batch per step."""
+    epoch_steps = len(pairs) // size
+    parameters = list(model.parameters())
+    betas = (0.9, 0.95)
+    optimizer = torch.optim.AdamW(parameters, lr=0, betas=betas, weight_decay=0)  # first step: 0
+    model.train()
+    for epoch in range(epochs):
+        shuffled = random.Random(seed + epoch).sample(pairs, len(pairs))
+        for at in range(epoch_steps):
+            step = epoch * epoch_steps + at + 1
+            optimizer.zero_grad()
+            loss, chosen, rejected = model(*batch_of(shuffled[at * size :][:size])).values()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 0.2)
+            optimizer.step()
+            next_rate = rate * reference_rate(step, epochs * epoch_steps, warmup)
+            optimizer.param_groups[0]["lr"] = next_rate
+            margin = chosen - rejected
+            means = [loss.item(), (margin > 0).float().mean().item(), margin.mean().item()]
+            yield [step, step / epoch_steps, *means, next_rate, norm.item()]
+
+
+def long_row(chosen, rejected):
+    """The texts have this many tokens, with EOS."""
+    texts = [" w6" * (count - 3) for count in (chosen, rejected)]
+    return row(*texts, prompt=f"w{chosen} w{rejected}")
+
+
+FLAGS = "--num_train_epochs 4 --seed 7 --max_seq_len 16 --loss_on end --no-compute_fp32_loss "
+FLAGS += "--learning_rate 0.01 --dropout 0 --gradient_checkpointing --eval_interval 3 "
+FLAGS += "--save_interval 2 "
+# (ranks, ZeRO stage, flags, their meaning, steps with an evaluation, checkpoints)
+DEFAULTS = (2, 1, "", (1, 1234, 512, "tokens", 1e-4), [0, 3], [])
+OTHERS = (1, 0, FLAGS, (4, 7, 16, "end", 0.01), [0, 3, 6, 9, 12], [10, 12])
+
+
+@pytest.mark.parametrize(("ranks", "stage", "flags", "meaning", "at", "saved"), [DEFAULTS, OTHERS])
+def test_loop_equals_a_plain_loop(ranks, stage, flags, meaning, at, saved, tokenizer, tmp_path):
+    """Without flags, also the held-out tenth of the prompts. With them, a monitor, and "auto" where
+    it is allowed. One text is as long as allowed, another has a token more."""
+    epochs, seed, max_seq_len, loss_on, rate = meaning
+    base = write_base(tmp_path / "base", "llama", tokenizer, max_position_embeddings=512)
+    edit(tmp_path / "base" / "config.json", attention_dropout=int("--dropout 0" in flags))
+    rows = make_pairs(28) + [
+        long_row(max_seq_len, 9),
+        long_row(9, max_seq_len + 1),
+        row(" w1", " w1", prompt="w2"),
+    ]
+    train = [pair for pair in encode(rows, tokenizer, max_seq_len) if pair[1] != pair[2]]
+    if flags:
+        held_out = [*make_pairs(9, seed=1), long_row(9, max_seq_len), long_row(max_seq_len + 1, 9)]
+        flags += f"--eval_path {write_rows(tmp_path / 'eval.jsonl.gz', held_out)}"
+        held_out = encode(held_out, tokenizer, max_seq_len)
+    else:
+        held_out = sorted(train, key=hash_of_prompt)[::10]
+        train = [pair for pair in train if pair not in held_out]
+    config = make_ds_config(stage, gradient_accumulation_steps=2 // ranks, gradient_clipping=0.2)
+    config["zero_optimization"]["stage3_max_live_parameters"] = "auto"
+    config["scheduler"]["params"]["warmup_num_steps"] = 3
+    csv = {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}
+    (tmp_path / "ds.json").write_text(json.dumps(config | {"csv_monitor": csv}))
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "metrics.jsonl").touch()  # what a run that failed before its first step leaves
+    data = write_rows(tmp_path / "train.jsonl.gz", rows)
+    printed = run_ranks(
+        f"--model_name_or_path {base} --data_path {data} --output_dir {output} "
+        f"--deepspeed_config {tmp_path}/ds.json {flags}",
+        ranks=ranks,
+    )
+    assert f"29 pairs; dropped 2 that are identical or longer than {max_seq_len} tok" in printed
+    torch.manual_seed(seed)
+    model = create_critic_model(base, tokenizer, dropout=0, loss_on=loss_on)
+    before = reference_evaluation(model, held_out)
+    expected = list(reference_steps(model, train, epochs, seed, rate))
+    after = reference_evaluation(model, held_out)
+    steps, evaluations = read_metrics(output)
+    assert [line["step"] for line in evaluations] == at
+    assert {line["eval_pairs"] for line in evaluations} == {len(held_out)}
+    assert {name: evaluations[0][name] for name in before} == pytest.approx(before, abs=1e-5)
+    assert {name: evaluations[-1][name] for name in after} == pytest.approx(after, abs=2e-4)
+    for line, numbers in zip(steps, expected, strict=True):
+        for name, number in zip(METRICS.split(), numbers):
+            if name == "grad_norm" and stage == 0:
+                assert line[name] is None  # DeepSpeed gives none
+            else:
+                assert line[name] == pytest.approx(number, rel=1e-3), name
+    names = sorted(path.name for path in output.glob("checkpoints/*"))
+    assert names == [f"step-{step:09d}" for step in saved]
+    for name in ("loss", "learning_rate", "grad_norm"):
+        file = tmp_path / "csv" / f"Train_{name}.csv"
+        assert file.exists() == (stage > 0 or name != "grad_norm")
+        if file.exists():
+            numbers = [list(map(float, text.split(","))) for text in file.read_text().split()[1:]]
+            assert numbers == [[line["step"], line[name]] for line in steps]
 
 
 # ---- the loop's data ----
