@@ -1233,10 +1233,9 @@ def reference_evaluation(model, pairs):
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64)
     for pair in pairs:
-        loss, chosen, rejected = model(*batch_of([pair])).values()
+        loss, chosen, rejected = map(float, model(*batch_of([pair])).values())
         margin = chosen - rejected
-        values = [loss, (margin > 0).float(), margin, chosen, rejected]
-        sums += torch.tensor([float(value) for value in values])
+        sums += torch.tensor([loss, margin > 0, margin, chosen, rejected], dtype=torch.float64)
     means = (sums / len(pairs)).tolist()
     return {f"eval_{name}": mean for name, mean in zip(MEANS, means)}
 
@@ -1345,6 +1344,131 @@ def test_loop_equals_a_plain_loop(ranks, stage, flags, meaning, at, saved, token
         if file.exists():
             numbers = [list(map(float, text.split(","))) for text in file.read_text().split()[1:]]
             assert numbers == [[line["step"], line[name]] for line in steps]
+
+
+# (ranks, pairs, precision, flags). The rounding of a bf16 head is seen on one pair.
+EVALUATIONS = [(1, 21, {}, ""), (2, 21, {}, "--loss_on end")]
+EVALUATIONS += [(1, 1, BF16, ""), (1, 1, BF16, "--no-compute_fp32_loss")]
+
+
+@pytest.mark.parametrize(("ranks", "count", "precision", "flags"), EVALUATIONS)
+def test_loop_evaluation_equals_a_plain_loop(ranks, count, precision, flags, tokenizer, tmp_path):
+    """Of a saved critic, whose config has dropout, without an optimizer."""
+    saved = tmp_path / "critic"
+    save_critic_model(make_model("llama", tokenizer, dropout=0.5), tokenizer, saved)
+    rows = make_pairs(count)
+    data = write_rows(tmp_path / "eval.jsonl.gz", rows)
+    config = write_ds_config(tmp_path / "ds.json", optimizer=None, scheduler=None, **precision)
+    run_ranks(
+        f"--model_name_or_path {saved} --eval_path {data} --output_dir {tmp_path}/out "
+        f"--deepspeed_config {config} --max_seq_len 64 --learning_rate 1 {flags}",
+        ranks=ranks,
+    )
+    options = {"loss_on": "end" if "end" in flags else "tokens", "rlhf_training": True}
+    options["compute_fp32_loss"] = "--no" not in flags
+    model = create_critic_model(saved, tokenizer, precision, **options)
+    expected = reference_evaluation(model, encode(rows, tokenizer, 64))
+    _, [found] = read_metrics(tmp_path / "out")
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+
+
+def train_and_print_losses():
+    ranking_loss = critic.ranking_loss
+
+    def print_loss(rewards, *others):
+        loss, scores = ranking_loss(rewards, *others)
+        kind = "training" if rewards.requires_grad else "evaluation"
+        print(f"\n{kind} loss: {loss.item()}", flush=True)
+        return loss, scores
+
+    critic.ranking_loss = print_loss
+    train()
+
+
+def test_loop_dropout_differs_between_ranks_and_steps(training, tmp_path):
+    """And there is none in an evaluation, nor a gradient. All pairs are equal, the rate is 0."""
+    rows = write_rows(tmp_path / "rows.jsonl.gz", make_pairs(1) * 16)
+    arguments = training(tmp_path / "out", accumulation=1) + (
+        f"--data_path {rows} --eval_path {rows} --dropout 0.5 --num_train_epochs 1 "
+        "--learning_rate 0 --eval_interval 1"
+    )
+    printed = run_ranks(arguments, main=train_and_print_losses)
+    losses = re.findall("training loss: (.*)", printed)
+    assert len(losses) == len(set(losses)) == 2 * 2
+    evaluations = re.findall("evaluation loss: (.*)", printed)
+    assert len(evaluations) == 3 * 2 * 2  # of 2 batches per rank
+    expected = read_metrics(tmp_path / "out")[1][0]["eval_loss"]
+    assert list(map(float, evaluations)) == pytest.approx([expected] * 12, abs=1e-5)
+
+
+def test_loop_recomputes_activations_with_gradient_checkpointing(loop, training, monkeypatch):
+    calls = []
+    attention = critic.sdpa_attention_forward
+
+    def count(*arguments, **options):
+        calls.append(1)
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(critic, "sdpa_attention_forward", count)
+    counts = []
+    for flags in ("", "--gradient_checkpointing"):
+        arguments = f"--model_name_or_path {training.folder}/base --data_path none {flags}"
+        monkeypatch.setattr(
+            sys, "argv", ["train_reward.py", "--max_seq_len=64", *arguments.split()]
+        )
+        model, _ = loop.load_model(loop.parse_args(), {})
+        calls.clear()
+        model(*pad_rows(random_rows(1)))["loss"].backward()
+        counts.append(len(calls))
+    assert counts[1] == 2 * counts[0] > 0
+
+
+def train_in(folder):
+    os.chdir(folder)
+    train()
+
+
+def test_loop_without_flags_uses_its_own_config_and_output(training, tokenizer, tmp_path):
+    """ds_config.json, in bf16, with 8 pairs per step and its learning rate."""
+    base = write_base(tmp_path / "base", "llama", tokenizer, max_position_embeddings=512)
+    arguments = f"--model_name_or_path {base} --data_path {training.folder}/train.jsonl.gz"
+    run_ranks(arguments, main=functools.partial(train_in, tmp_path), ranks=1)
+    steps, evaluations = read_metrics(tmp_path / "output")
+    assert [line["step"] for line in steps] == list(range(1, 43 // 8 + 1))
+    assert evaluations[0]["eval_pairs"] == 5
+    assert steps[0]["learning_rate"] == pytest.approx(1e-5)
+    assert AutoConfig.from_pretrained(tmp_path / "output").dtype == torch.bfloat16
+
+
+def train_in_fp16():
+    """DeepSpeed does not know that torch computes fp16 on every CPU."""
+    from deepspeed import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    train()
+
+
+SEEKS_ITS_SCALE = {"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}
+
+
+@pytest.mark.parametrize(("ranks", "stage", "precision"), [(1, 1, SEEKS_ITS_SCALE), (2, 3, BF16)])
+def test_loop_trains_in_16_bits(ranks, stage, precision, training, tmp_path):
+    """In fp16, the first steps overflow, until the loss scale is low enough."""
+    arguments = training(tmp_path / "out", stage, 2 // ranks, **precision)
+    run_ranks(arguments, main=train_in_fp16, ranks=ranks)
+    steps, evaluations = read_metrics(tmp_path / "out")
+    has_norm = [line["grad_norm"] is not None for line in steps]
+    assert has_norm == sorted(has_norm)
+    assert (not has_norm[0] or precision is BF16) and has_norm[5]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+
+
+def test_loop_stops_if_a_static_loss_scale_overflows(training, tmp_path):
+    fp16 = {"enabled": True, "loss_scale": 2**20}
+    arguments = training(tmp_path / "out", 1, fp16=fp16)
+    printed = run_ranks(arguments, main=train_in_fp16, ranks=1, code=1)
+    assert "error: step 1: the gradient is not finite: check the data" in printed
 
 
 # ---- the loop's data ----
@@ -1700,13 +1824,14 @@ def test_loop_the_readmes_memory_is_right():
 
 # ---- kills and faults ----
 
-# stage: (module, function, number of the call in which each rank is killed): between two
-# checkpoints, before the first, before the second is renamed, in the middle of it.
+# when: (ZeRO stage, checkpoints that are left, module, function, call in which a rank is killed; of
+# a negative number, after it)
 DEATHS = {
-    0: ("train_reward", "log", 7),
-    1: ("train_reward", "run_batches", 2),
-    2: ("os", "replace", 2),
-    3: ("torch", "save", 3),
+    "after an evaluation and a checkpoint of one step": (0, "08 10", "train_reward", "log", 15),
+    "before the first checkpoint": (1, "", "train_reward", "batches_of_rank", 2),
+    "in the middle of a checkpoint": (3, "02 unfinished", "torch", "save", 3),
+    "before a checkpoint is renamed": (2, "02 unfinished", "os", "replace", 2),
+    "after that, before an older one is deleted": (2, "02 04 06", "os", "replace", -3),
 }
 
 
@@ -1716,23 +1841,29 @@ def train_until_killed(module, name, last):
     calls = itertools.count(1)
 
     def call(*arguments, **options):
-        if next(calls) == last:
+        number = next(calls)
+        if number != last:
+            result = function(*arguments, **options)
+        if number == abs(last):
+            print("killed", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
+        return result
 
     setattr(module, name, call)
     train()
 
 
-@pytest.mark.parametrize("stage", DEATHS)
-def test_loop_a_killed_run_resumes_bitwise_identical(stage, trained, training):
+@pytest.mark.parametrize("when", DEATHS)
+def test_loop_a_killed_run_resumes_bitwise_identical(when, trained, training):
     """In float32, with dropout and accumulation."""
-    output = training.folder / f"killed-{stage}"
+    stage, left, *death = DEATHS[when]
+    output = training.folder / f"killed-{len(when)}"
     arguments = training(output, stage)
-    run_ranks(arguments, main=functools.partial(train_until_killed, *DEATHS[stage]), code=None)
+    printed = run_ranks(arguments, main=functools.partial(train_until_killed, *death), code=None)
+    assert "killed" in printed
     checkpoints = output / "checkpoints"
-    assert (checkpoints / "step-000000002").exists() == (stage != 1)
-    assert (checkpoints / "unfinished").exists() == (stage > 1)
+    names = sorted(path.name.removeprefix("step-0000000") for path in checkpoints.glob("*/"))
+    assert names == left.split()
     assert not (output / "model.safetensors").exists()
     run_ranks(arguments + "--resume")
     expected = trained(2, stage)
@@ -1743,19 +1874,19 @@ def test_loop_a_killed_run_resumes_bitwise_identical(stage, trained, training):
     assert names == ["step-000000010", "step-000000012"]
 
 
-DIFFERENT = (
-    "data_path eval_path seed dropout loss_on compute_fp32_loss max_seq_len deepspeed_config"
-)
+DIFFERENT = """model_name_or_path data_path eval_path seed dropout loss_on compute_fp32_loss
+max_seq_len num_train_epochs deepspeed_config"""
 
 
-def test_loop_resume_of_another_run_is_an_error(trained, training, tmp_path):
+def test_loop_resume_of_another_run_is_an_error(trained, training, tokenizer, tmp_path):
     """It names what differs; the folder stays as it is."""
     output = trained(2, 0)
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
     other = write_rows(tmp_path / "other.jsonl.gz", make_pairs()[::-1])
     arguments = training(output) + (
         f"--resume --data_path {other} --eval_path {other} --seed 1 --dropout 0 --loss_on end "
-        "--no-compute_fp32_loss --max_seq_len 63"
+        "--no-compute_fp32_loss --max_seq_len 63 --num_train_epochs 5 "
+        f"--model_name_or_path {write_base(tmp_path / 'other', 'llama', tokenizer)}"
     )
     config = write_ds_config(tmp_path / "ds.json", gradient_clipping=0.5)
     printed = run_ranks(f"{arguments} --deepspeed_config {config}", ranks=1, code=1)
@@ -1835,6 +1966,108 @@ def test_loop_errors_of_the_code_keep_their_traceback(training, tmp_path):
     arguments = training(tmp_path / "out")
     printed = run_ranks(arguments, main=train_with_an_edited_critic, ranks=1, code=1)
     assert re.search(r"Traceback.*\nKeyError: 'my_new_option'", printed, re.DOTALL)
+
+
+def train_with_nan_in_evaluations():
+    ranking_loss = critic.ranking_loss
+
+    def spoiled_loss(rewards, *others):
+        loss, scores = ranking_loss(rewards, *others)
+        return loss if rewards.requires_grad else loss * math.nan, scores
+
+    critic.ranking_loss = spoiled_loss
+    train()
+
+
+def test_loop_stops_if_the_held_out_loss_is_not_finite(training, tmp_path):
+    main = train_with_nan_in_evaluations
+    printed = run_ranks(training(tmp_path / "out"), main=main, ranks=1, code=1)
+    fix = "check the data, or lower the learning rate; last checkpoint: none, see --save_interval"
+    assert f"error: step 0: the held-out loss is not finite: {fix}" in printed
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
+
+
+def train_once_told(go):
+    """Wait before the first step until a file exists."""
+    import train_reward
+
+    shuffle = train_reward.shuffle_prompts
+
+    def wait_and_shuffle(*arguments):
+        wait_for(go.exists)
+        return shuffle(*arguments)
+
+    train_reward.shuffle_prompts = wait_and_shuffle
+    train()
+
+
+def wait_for(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+
+
+def test_loop_a_second_run_in_a_folder_leaves_the_first_alone(trained, training, tmp_path):
+    """The second could resume the first, if that had ended."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    output = training.folder / "busy"
+    arguments = training(output, 0, 4)
+    metrics = output / "metrics.jsonl"
+    main = functools.partial(train_once_told, tmp_path / "go")
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run_ranks, arguments, main, 1)
+        wait_for(lambda: metrics.exists() and metrics.read_text())
+        printed = run_ranks(arguments + "--resume", ranks=1, code=1)
+        (tmp_path / "go").touch()
+        first.result()
+    assert "metrics.jsonl: another run writes there: end it, or pass another" in printed
+    assert read_metrics(output) == read_metrics(trained(1, 0))
+
+
+def train_after_another_run(output):
+    """It ends while this one loads the model."""
+    import train_reward
+
+    def load_slowly(*arguments):
+        (output / "metrics.jsonl").write_text("{}\n")
+        return load_model(*arguments)
+
+    load_model = train_reward.load_model
+    train_reward.load_model = load_slowly
+    train()
+
+
+def test_loop_does_not_write_over_a_run_that_has_just_ended(training, tmp_path):
+    main = functools.partial(train_after_another_run, tmp_path)
+    printed = run_ranks(training(tmp_path), main=main, ranks=1, code=1)
+    assert "holds metrics.jsonl: pass another --output_dir" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+def demonstrate_briefly():
+    import train_reward
+
+    train_reward.topics = {"words": " ".join(f"word{n}" for n in range(800))}
+    train()
+
+
+def test_loop_a_demonstration_resumes_or_replaces_an_earlier_one(tmp_path):
+    """Each step is a line. The second run ends where the first did; the third starts anew."""
+    output = tmp_path / "out"
+    config = write_ds_config(tmp_path / "ds.json")
+    arguments = f"--output_dir {output} --deepspeed_config {config} "
+    found = []
+    for flags in ("--save_interval 1", "--save_interval 1 --resume", "--seed 2"):
+        run_ranks(arguments + flags, main=demonstrate_briefly, ranks=1)
+        found.append((output / "metrics.jsonl").read_text().splitlines())
+        assert (output / "checkpoints").exists() == ("save" in flags)
+    first, resumed, replaced = found
+    assert first == resumed
+    assert len(replaced) == len(first) > 3
+    assert not set(replaced) & set(first)
 
 
 # ---- bad input ----
