@@ -1504,6 +1504,14 @@ def chat_tokenizer():
     return tokenizer
 
 
+def set_special_tokens(tokenizer, special, monkeypatch):
+    from tokenizers import processors
+
+    tokens = [("<bos>", 2), ("<eos>", 1)]
+    processor = processors.TemplateProcessing(single=special, special_tokens=tokens)
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", processor)
+
+
 @pytest.fixture
 def read_pairs(loop, chat_tokenizer, tmp_path):
     """`read_pairs` of a file with these rows."""
@@ -1524,7 +1532,8 @@ YES = [message("yes", "assistant")]
 NO = [message("no", "assistant")]
 CALL = [message(None, "assistant", tool_calls=[{"at": None}])]
 ANSWER = [message("42", "tool"), *YES]
-TOOLS = [{"name": "look"}]
+TOOLS = [{"name": "look", "default": None}]
+TOOLS_IN_JSON = json.dumps(TOOLS)
 CALLED = """[{"name": "look"}] u:Q;a:[{}];t:42;a:yes;"""
 WITH_TOOLS = f'{CALLED} > [{{"name": "look"}}] u:Q;a:no;'
 # name: (row, texts between BOS and EOS)
@@ -1538,6 +1547,11 @@ ROWS = {
     "complete dialogues": (row(Q + YES, Q + NO), "u:Q;a:yes; > u:Q;a:no;"),
     "ranked messages": ({"prompt": Q, "ranked": [YES, NO]}, "u:Q;a:yes; > u:Q;a:no;"),
     "tools": (row(CALL + ANSWER, NO, prompt=Q, tools=TOOLS), WITH_TOOLS),
+    "tools in JSON": (row(CALL + ANSWER, NO, prompt=Q, tools=TOOLS_IN_JSON), WITH_TOOLS),
+    "a repeated prompt": (row("Q: yes", " no", prompt="Q:"), "Q:Q: yes > Q: no"),
+    "written EOS": (row(" yes<eos>", " no<eos><eos>", prompt="Q:"), "Q: yes > Q: no"),
+    "written BOS": (row("<bos>Q: yes", "<bos>Q: no<eos>"), "Q: yes > Q: no"),
+    "BOS in a prompt": (row(" yes", " no", prompt="<bos>Q:"), "Q: yes > Q: no"),
 }
 
 
@@ -1545,9 +1559,12 @@ def tokens_of(pair):
     return [pair.chosen.tolist(), pair.rejected.tolist()]
 
 
+@pytest.mark.parametrize("special", ["<bos> $0", "<bos> $0 <eos>"])
 @pytest.mark.parametrize("form", ROWS)
-def test_loop_every_form_of_a_row(form, read_pairs, chat_tokenizer):
-    """The texts in full, between one BOS and one EOS, with a template's newline."""
+def test_loop_every_form_of_a_row(form, special, read_pairs, chat_tokenizer, monkeypatch):
+    """The texts in full, between one BOS and one EOS, with a template's newline, also if the
+    tokenizer appends EOS itself."""
+    set_special_tokens(chat_tokenizer, special, monkeypatch)
     given, expected = ROWS[form]
     end = "<eos>\n" if ":Q;" in expected else "<eos>"
     pairs = read_pairs([given])
@@ -1555,6 +1572,26 @@ def test_loop_every_form_of_a_row(form, read_pairs, chat_tokenizer):
     pairs_expected = [pair.split(" > ") for pair in expected.split(", ")]
     assert texts == [[f"<bos>{text}{end}" for text in pair] for pair in pairs_expected]
     assert len({pair.prompt for pair in pairs}) == 1
+
+
+def test_loop_many_rows_keep_their_order(read_pairs, chat_tokenizer):
+    """They are tokenized 1000 at a time, texts with BOS, texts without, and messages apart."""
+    bos = chat_tokenizer.bos_token
+    rows = [row(f"yes {number}", f"no {number}", prompt="Q") for number in range(2001)]
+    for number in range(9):
+        content = f"{number} ?"
+        rows.append(row(YES, NO, prompt=[message(content)]))
+        rows.append(row(f"{content} yes", f"{content} no", prompt=bos * (number % 2)))
+    texts = []
+    for given in rows:
+        prompt = given["prompt"]
+        for side in SIDES:
+            if isinstance(prompt, list):
+                texts.append(f"{bos}u:{prompt[0]['content']};a:{given[side][0]['content']};<eos>\n")
+            else:
+                texts.append(f"{bos}{prompt.removeprefix(bos)}{given[side]}<eos>")
+    found = itertools.chain.from_iterable(map(tokens_of, read_pairs(rows)))
+    assert list(found) == [chat_tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
 @pytest.mark.parametrize("end", ["<eos>", "<eos>" + NEWLINE, NEWLINE, ""])
@@ -1568,17 +1605,49 @@ def test_loop_trains_what_the_template_renders(end, read_pairs, chat_tokenizer, 
     assert pair.tokens == both - len(os.path.commonprefix(tokens_of(pair)))
 
 
-GROUPS = [
+HH = "\n\nHuman: Q\n\nAssistant:"
+TOLD = message("42", "tool")
+TALK_R = [*Q, *YES, message("R")]
+GROUPS = [  # rows of one prompt
     [row("Q\nA: 1", "Q\nA: 2"), row("A: 3", "A: 4", prompt="Q\n")],
     [row("\n1", "\n2", prompt="R"), row("R\nyes", "R\nyet")],
-    [ROWS["messages"][0], ROWS["complete dialogues"][0], ROWS["ranked messages"][0]],
+    [
+        row(f"{HH} 1", f"{HH} 2"),
+        row(f"{HH} line\n3", f"{HH} line\n4"),
+        row(f"{HH} 5\n\nHuman: R{HH} 6", f"{HH} 7"),
+        row(" 8", " 9", prompt=HH),
+        row(" 8", " 9", prompt=HH + " "),
+        row("\n\nAssistant: 1", "\n\nAssistant: 2", prompt="\n\nHuman: Q"),
+        {"ranked": [f"{HH} 1", f"{HH} 2", f"{HH} 3"]},
+    ],
+    [row(f"{HH} 1{HH} 2", f"{HH} 1{HH} 3"), row(" 4", " 5", prompt=f"{HH} 1{HH}")],
+    [
+        ROWS["messages"][0],
+        ROWS["complete dialogues"][0],
+        ROWS["ranked messages"][0],
+        row([*Q, *CALL, TOLD, *YES], [*Q, *CALL, TOLD, *NO]),
+        row([*Q, *YES, *YES], [*Q, *YES, *NO]),
+        row(YES, NO, prompt=[*Q, *CALL, TOLD]),
+        row(YES, NO, prompt=[{"content": "Q", "role": "user"}]),
+    ],
+    [row(YES, NO, prompt=TALK_R), row([*TALK_R, *NO], [*TALK_R, *YES])],
+    [row(YES, NO, prompt=[message("R")])],
+    [row(YES, [message("R"), *NO])],
 ]
+# What stands between a prompt and the response in the texts of well-known models.
+TAGS = ["\n\nAssistant:", "\nAssistant:", "\nA:", "<|assistant|>", "<|im_start|>assistant"]
+TAGS += ["<start_of_turn>model", "### Response:", "[/INST]"]
 
 
 def test_loop_finds_the_pairs_of_a_prompt(read_pairs):
-    prompts = [{pair.prompt for pair in read_pairs(group)} for group in GROUPS]
-    assert [len(found) for found in prompts] == [1, 1, 1]
-    assert len(set.union(*prompts)) == 3
+    groups = list(GROUPS)
+    for number, tag in enumerate(TAGS):
+        text = f"{number} ?{tag}"
+        groups.append([row(f"{text} a", f"{text} b"), row("c", "d", prompt=text)])
+        groups[-1].append(row(f"{tag} e", f"{tag} f", prompt=f"{number} ?"))
+    prompts = [{pair.prompt for pair in read_pairs(group)} for group in groups]
+    assert [len(found) for found in prompts] == [1] * len(groups)
+    assert len(set.union(*prompts)) == len(groups)
 
 
 def test_loop_counts_what_is_dropped_and_what_has_no_prompt(read_pairs, capsys):
@@ -1590,6 +1659,8 @@ def test_loop_counts_what_is_dropped_and_what_has_no_prompt(read_pairs, capsys):
     printed = capsys.readouterr().out
     assert "601 pairs; dropped 2 that are identical or longer than 256 tokens" in printed
     assert "600 rows have no prompt or common prefix" in printed
+    read_pairs([row("Q yes", "no", prompt="Q"), row(Q + YES, NO, prompt=Q), row("Q", "R")])
+    assert "2 have a response that begins with the prompt" in capsys.readouterr().out
 
 
 def draw_ids(rng, mean):
@@ -1673,6 +1744,31 @@ def test_loop_holds_out_a_tenth_of_the_prompts(loop, monkeypatch):
     parts = loop.read_data(mock.Mock(data_path=["a"], eval_path=None), None)
     assert [len(part) for part in parts] == [90, 10]
     assert not set.intersection(*({pair.prompt for pair in part} for part in parts))
+
+
+def test_loop_holds_out_the_same_prompts_in_every_process(loop, chat_tokenizer, tmp_path):
+    rows = [row("yes", f"no {number}", prompt=f"Q{number}") for number in range(60)]
+    paths = [str(write_rows(tmp_path / "rows.jsonl.gz", rows))]
+    args = mock.Mock(data_path=paths, eval_path=None, max_seq_len=64)
+    _, held_out = loop.read_data(args, chat_tokenizer)
+    texts = chat_tokenizer.batch_decode([pair.rejected.tolist() for pair in held_out])
+    assert re.findall("no (.*?)<", " ".join(texts)) == ["15", "35", "38", "46", "56", "59"]
+
+
+def test_loop_a_fingerprint_has_every_file(loop, monkeypatch, tmp_path):
+    """By content and by role, not by name."""
+    monkeypatch.setattr(loop.dist, "get_world_size", lambda: 1)
+    files = [str(write_rows(tmp_path / f"{name}.jsonl.gz", make_pairs(1, name))) for name in "abc"]
+    a, b, c = files
+    copy_of_a = tmp_path / "copy"
+    copy_of_a.write_bytes(Path(a).read_bytes())
+    found = []
+    for data, held_out in ([a], None), ([a], [b]), ([b], [a]), ([a, c], [b]), ([a], [b, c]):
+        found.append(loop.fingerprint(mock.Mock(data_path=data, eval_path=held_out), {}))
+    of_paths = [[line["data_path"], line["eval_path"]] for line in found]
+    assert all(of_paths.count(paths) == 1 for paths in of_paths)
+    args = mock.Mock(data_path=[str(copy_of_a)], eval_path=[b])
+    assert loop.fingerprint(args, {})["data_path"] == of_paths[1][0]
 
 
 def test_loop_without_data_evaluates_all_pairs(training, tokenizer, tmp_path):
@@ -2075,11 +2171,15 @@ def test_loop_a_demonstration_resumes_or_replaces_an_earlier_one(tmp_path):
 GOOD = row(" w4 w1", " w5 w2", prompt="w3")
 TALK = [message("w3")]
 FORMS = ':1: pass "chosen" and "rejected", or "ranked", with or without "prompt": all texts, or'
+MANY = gzip.compress(b"\n".join(json.dumps(pair).encode() for pair in make_pairs(1500)))
 BAD_ROWS = {  # name: (row, or bytes of the file, message)
     "no gzip": (b"{}\n", ":0: Not a gzipped file"),
     "broken UTF-8": (b'{"chosen": "\xff"}\n', ":1: .*utf-8"),
     "a lone surrogate": (b'{"chosen": "\\ud800 a", "rejected": "b"}\n', ":1: "),
     "broken JSON": (b"\n" * 6 + b"{,}\n", ":7: Expecting property name"),
+    "gzip, cut off": (MANY[:-9], r":1499: .*ended before"),
+    "gzip, a byte flipped": (MANY[:30_000] + b"\xff" + MANY[30_001:], r":\d+: "),
+    "an empty list": (row([], TALK), FORMS),
     "JSON within JSON": (b"[" * 100_000, ":1: .*recursion"),
     "no object": ([1], ":1: cannot convert"),
     "a missing key": ({"chosen": "w4"}, FORMS),
@@ -2099,7 +2199,7 @@ BAD_ROWS = {  # name: (row, or bytes of the file, message)
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_loop_bad_rows_are_named(case, loop, chat_tokenizer, tmp_path):
     content, expected = BAD_ROWS[case]
-    path = tmp_path / ("rows.jsonl.gz" if case == "no gzip" else "rows.jsonl")
+    path = tmp_path / ("rows.jsonl.gz" if "gzip" in case else "rows.jsonl")
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(ValueError, match=rf"rows\.jsonl.*{expected}"):
         loop.read_pairs([str(path)], chat_tokenizer, 256)
@@ -2112,13 +2212,51 @@ BAD_FLAGS = {
     "--max_seq_len 300": "--max_seq_len is 300, but .* has 256 positions",
     "--model_name_or_path no/such-model": "huggingface.co",
     "--model_name_or_path {folder}/no-eos": "the tokenizer has no EOS token",
+    "--num_train_epochs 0": "--num_train_epochs must be at least 1; to evaluate, omit --data_path",
     "--output_dir {folder}/used": "used holds metrics.jsonl: pass another --output_dir",
+    "--output_dir {folder}/left": "left holds checkpoints: pass another --output_dir",
+    "--output_dir {folder}/demonstrated --resume": "demonstrated holds demo: pass another --outp",
+    "only --output_dir {folder}/used": "used holds metrics.jsonl: pass another --output_dir",
     "--output_dir {folder}/base --resume": "base holds config.json: pass another --output_dir",
     "--deepspeed_config {folder}/missing.json": "missing.json",
     "--deepspeed_config {folder}/good.jsonl.gz": "good.jsonl.gz: 'utf-8' codec",
     "only --data_path {folder}/good.jsonl.gz": "give --model_name_or_path and --data_path",
     "only --model_name_or_path {folder}/base": "give --model_name_or_path and --data_path",
+    "only --model_name_or_path x --eval_path y --resume": "--resume continues training: give --data",
+    "only --model_name_or_path {folder}/base --eval_path {folder}/good.jsonl.gz --output_dir "
+    "{folder}/out": "base does not match its config.json: .* a head is score.weight",
 }
+# changes of ds_config.json (or its text): message. The model is not loaded: there is none.
+AUTO = {"type": "AdamW", "params": {"lr": "auto"}}
+BAD_CONFIGS = [
+    ("{", "Expecting property name"),
+    ({"optimizer": None}, 'ds.json: "optimizer" is missing: add one, as in ds_config.json'),
+    ({"optimizer": AUTO}, r"ds.json: \"auto\" at \['optimizer.params.lr'\]: write a value"),
+    ({"gradient_clipping": "auto"}, r'ds.json: "auto" at ..gradient_clipping..: write a value'),
+    ({"train_batch_size": 7}, "ds.json: .*train_batch_size"),
+    ({"scheduler": {"type": "WarmupLR"}}, "--learning_rate: WarmupLR sets its own: change its pa"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), BAD_CONFIGS)
+def test_loop_bad_config_is_one_line_before_a_model_is_loaded(changes, expected, tmp_path):
+    config = tmp_path / "ds.json"
+    if changes == "{":
+        config.write_text(changes)
+    else:
+        write_ds_config(config, **changes)
+    flags = "--learning_rate 1" if "scheduler" in changes else ""
+    printed = run_ranks(
+        f"--model_name_or_path {tmp_path}/none --data_path {tmp_path}/none "
+        f"--output_dir {tmp_path}/out --deepspeed_config {config} {flags}",
+        ranks=1,
+        code=1,
+    )
+    error = printed.strip().splitlines()[-1]
+    assert error.startswith("train_reward.py: error: --deepspeed_config "), printed
+    assert re.search(expected, error), printed
+    assert "Traceback" not in printed
+    assert os.listdir(tmp_path) == ["ds.json"]
 
 
 @pytest.fixture(scope="session")
@@ -2133,6 +2271,8 @@ def bad_input(tokenizer, tmp_path_factory):
     write_ds_config(folder / "ds_config")
     (folder / "used").mkdir()
     (folder / "used" / "metrics.jsonl").write_text("{}")
+    (folder / "left" / "checkpoints" / "step-000000002").mkdir(parents=True)
+    (folder / "demonstrated" / "demo").mkdir(parents=True)
     return folder
 
 
@@ -2141,10 +2281,11 @@ def test_loop_bad_input_is_one_line_and_changes_nothing(words, bad_input):
     usual = "--model_name_or_path {folder}/base --data_path {folder}/good.jsonl.gz "
     usual += "--output_dir {folder}/out --deepspeed_config {folder}/ds_config --max_seq_len 64 "
     arguments = words[5:] if words.startswith("only ") else usual + words
+    before = sorted(bad_input.rglob("*"))
     printed = run_ranks(arguments.format(folder=bad_input), ranks=1, code=None)
     assert "train_reward.py: error: " in printed and "Traceback" not in printed, printed
     assert re.search(BAD_FLAGS[words], printed), printed
-    assert not (bad_input / "out").exists()
+    assert sorted(bad_input.rglob("*")) == before
     assert (bad_input / "used" / "metrics.jsonl").read_text() == "{}"
 
 
