@@ -1171,15 +1171,8 @@ def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained, tokenizer)
     losses = [line["loss"] for line in read_metrics(trained(2, 0))[0]]
     assert [line["loss"] for line in steps] == pytest.approx(losses, abs=1e-4)
     assert read_critic(output).PAD_ID == len(tokenizer)  # new, since the base's PAD is EOS
-    rows = make_pairs(21, seed=1)
-    texts = [row["prompt"] + row[side] + " <eos>" for side in SIDES for row in rows]
-    batch = pad_rows(AutoTokenizer.from_pretrained(output)(texts)["input_ids"])
-    with torch.no_grad():
-        loss, chosen, rejected = read_critic(output)(*batch).values()
-    margin = chosen - rejected
-    expected = [loss, (margin > 0).float(), margin, chosen, rejected]
-    found = [evaluations[-1][f"eval_{name}"] for name in MEANS]
-    assert found == pytest.approx([value.mean().item() for value in expected], abs=1e-5)
+    expected = reference_evaluation(read_critic(output), encode(make_pairs(21, seed=1), tokenizer))
+    assert evaluated(evaluations[-1]) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture(scope="session")
@@ -1206,7 +1199,7 @@ def test_loop_the_demonstration_learns(demonstration):
 # ---- the loop, beside a plain one ----
 
 
-def encode(rows, tokenizer, max_seq_len):
+def encode(rows, tokenizer, max_seq_len=64):
     """[prompt, chosen ids, rejected ids] of rows that are short enough."""
     pairs = []
     for row in rows:
@@ -1217,27 +1210,23 @@ def encode(rows, tokenizer, max_seq_len):
     return pairs
 
 
-def hash_of_prompt(pair):
-    from hashlib import sha256
-
-    return sha256(pair[0].encode()).digest()
-
-
 def batch_of(pairs):
     return pad_rows([pair[1] for pair in pairs] + [pair[2] for pair in pairs])
 
 
 @torch.no_grad()
 def reference_evaluation(model, pairs):
-    """Means of a plain loop over pairs."""
-    model.eval()
-    sums = torch.zeros(5, dtype=torch.float64)
+    """The means of a plain loop over pairs."""
+    values = []
     for pair in pairs:
-        loss, chosen, rejected = map(float, model(*batch_of([pair])).values())
-        margin = chosen - rejected
-        sums += torch.tensor([loss, margin > 0, margin, chosen, rejected], dtype=torch.float64)
-    means = (sums / len(pairs)).tolist()
-    return {f"eval_{name}": mean for name, mean in zip(MEANS, means)}
+        loss, chosen, rejected = map(float, model.eval()(*batch_of([pair])).values())
+        values.append([loss, chosen > rejected, chosen - rejected, chosen, rejected])
+    return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+
+
+def evaluated(line):
+    """The same of a line of metrics.jsonl."""
+    return [line[f"eval_{name}"] for name in MEANS]
 
 
 def reference_rate(step, steps, warmup):
@@ -1248,27 +1237,24 @@ def reference_rate(step, steps, warmup):
     return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
 
 
-def reference_steps(model, pairs, epochs, seed, rate, size=8, warmup=3):
-    """Each step's METRICS, without the last, of a plain loop with one batch per step."""
-    epoch_steps = len(pairs) // size
-    parameters = list(model.parameters())
-    betas = (0.9, 0.95)
-    optimizer = torch.optim.AdamW(parameters, lr=0, betas=betas, weight_decay=0)  # first step: 0
+def reference_steps(model, pairs, epochs, seed, rate):
+    """Each step's METRICS, without the last, of a plain loop with one batch of 8 per step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0, betas=(0.9, 0.95), weight_decay=0)
     model.train()
+    epoch_steps = len(pairs) // 8
     for epoch in range(epochs):
         shuffled = random.Random(seed + epoch).sample(pairs, len(pairs))
         for at in range(epoch_steps):
             step = epoch * epoch_steps + at + 1
             optimizer.zero_grad()
-            loss, chosen, rejected = model(*batch_of(shuffled[at * size :][:size])).values()
+            loss, chosen, rejected = model(*batch_of(shuffled[8 * at :][:8])).values()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 0.2)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)
             optimizer.step()
-            next_rate = rate * reference_rate(step, epochs * epoch_steps, warmup)
-            optimizer.param_groups[0]["lr"] = next_rate
-            margin = chosen - rejected
-            means = [loss.item(), (margin > 0).float().mean().item(), margin.mean().item()]
-            yield [step, step / epoch_steps, *means, next_rate, norm.item()]
+            next_rate = rate * reference_rate(step, epochs * epoch_steps, 3)
+            optimizer.param_groups[0]["lr"] = next_rate  # DeepSpeed's first step has rate 0
+            means = [loss, (chosen > rejected).float().mean(), (chosen - rejected).mean()]
+            yield [step, step / epoch_steps, *map(float, means), next_rate, float(norm)]
 
 
 def long_row(chosen, rejected):
@@ -1289,21 +1275,20 @@ OTHERS = (1, 0, FLAGS, (4, 7, 16, "end", 0.01), [0, 3, 6, 9, 12], [10, 12])
 def test_loop_equals_a_plain_loop(ranks, stage, flags, meaning, at, saved, tokenizer, tmp_path):
     """Without flags, also the held-out tenth of the prompts. With them, a monitor, and "auto" where
     it is allowed. One text is as long as allowed, another has a token more."""
+    from hashlib import sha256
+
     epochs, seed, max_seq_len, loss_on, rate = meaning
     base = write_base(tmp_path / "base", "llama", tokenizer, max_position_embeddings=512)
     edit(tmp_path / "base" / "config.json", attention_dropout=int("--dropout 0" in flags))
-    rows = make_pairs(28) + [
-        long_row(max_seq_len, 9),
-        long_row(9, max_seq_len + 1),
-        row(" w1", " w1", prompt="w2"),
-    ]
+    rows = [*make_pairs(28), long_row(max_seq_len, 9), long_row(9, max_seq_len + 1)]
+    rows.append(row(" w1", " w1", prompt="w2"))
     train = [pair for pair in encode(rows, tokenizer, max_seq_len) if pair[1] != pair[2]]
     if flags:
         held_out = [*make_pairs(9, seed=1), long_row(9, max_seq_len), long_row(max_seq_len + 1, 9)]
         flags += f"--eval_path {write_rows(tmp_path / 'eval.jsonl.gz', held_out)}"
         held_out = encode(held_out, tokenizer, max_seq_len)
     else:
-        held_out = sorted(train, key=hash_of_prompt)[::10]
+        held_out = sorted(train, key=lambda pair: sha256(pair[0].encode()).digest())[::10]
         train = [pair for pair in train if pair not in held_out]
     config = make_ds_config(stage, gradient_accumulation_steps=2 // ranks, gradient_clipping=0.2)
     config["zero_optimization"]["stage3_max_live_parameters"] = "auto"
@@ -1328,22 +1313,18 @@ def test_loop_equals_a_plain_loop(ranks, stage, flags, meaning, at, saved, token
     steps, evaluations = read_metrics(output)
     assert [line["step"] for line in evaluations] == at
     assert {line["eval_pairs"] for line in evaluations} == {len(held_out)}
-    assert {name: evaluations[0][name] for name in before} == pytest.approx(before, abs=1e-5)
-    assert {name: evaluations[-1][name] for name in after} == pytest.approx(after, abs=2e-4)
+    assert evaluated(evaluations[0]) == pytest.approx(before, abs=1e-5)
+    assert evaluated(evaluations[-1]) == pytest.approx(after, abs=2e-4)
     for line, numbers in zip(steps, expected, strict=True):
+        if stage == 0:  # DeepSpeed gives no norm
+            numbers[-1] = None
         for name, number in zip(METRICS.split(), numbers):
-            if name == "grad_norm" and stage == 0:
-                assert line[name] is None  # DeepSpeed gives none
-            else:
-                assert line[name] == pytest.approx(number, rel=1e-3), name
+            assert line[name] == (number and pytest.approx(number, rel=1e-3)), name
     names = sorted(path.name for path in output.glob("checkpoints/*"))
     assert names == [f"step-{step:09d}" for step in saved]
-    for name in ("loss", "learning_rate", "grad_norm"):
-        file = tmp_path / "csv" / f"Train_{name}.csv"
-        assert file.exists() == (stage > 0 or name != "grad_norm")
-        if file.exists():
-            numbers = [list(map(float, text.split(","))) for text in file.read_text().split()[1:]]
-            assert numbers == [[line["step"], line[name]] for line in steps]
+    text = (tmp_path / "csv" / "Train_loss.csv").read_text()
+    assert text.split() == ["step,loss", *(f"{line['step']},{line['loss']}" for line in steps)]
+    assert (tmp_path / "csv" / "Train_grad_norm.csv").exists() == (stage > 0)
 
 
 # (ranks, pairs, precision, flags). The rounding of a bf16 head is seen on one pair.
@@ -1367,9 +1348,9 @@ def test_loop_evaluation_equals_a_plain_loop(ranks, count, precision, flags, tok
     options = {"loss_on": "end" if "end" in flags else "tokens", "rlhf_training": True}
     options["compute_fp32_loss"] = "--no" not in flags
     model = create_critic_model(saved, tokenizer, precision, **options)
-    expected = reference_evaluation(model, encode(rows, tokenizer, 64))
-    _, [found] = read_metrics(tmp_path / "out")
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    expected = reference_evaluation(model, encode(rows, tokenizer))
+    _, [line] = read_metrics(tmp_path / "out")
+    assert evaluated(line) == pytest.approx(expected, rel=1e-5)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
 
 
@@ -1403,25 +1384,16 @@ def test_loop_dropout_differs_between_ranks_and_steps(training, tmp_path):
 
 
 def test_loop_recomputes_activations_with_gradient_checkpointing(loop, training, monkeypatch):
-    calls = []
-    attention = critic.sdpa_attention_forward
-
-    def count(*arguments, **options):
-        calls.append(1)
-        return attention(*arguments, **options)
-
-    monkeypatch.setattr(critic, "sdpa_attention_forward", count)
-    counts = []
-    for flags in ("", "--gradient_checkpointing"):
-        arguments = f"--model_name_or_path {training.folder}/base --data_path none {flags}"
-        monkeypatch.setattr(
-            sys, "argv", ["train_reward.py", "--max_seq_len=64", *arguments.split()]
-        )
+    attention = mock.Mock(wraps=critic.sdpa_attention_forward)
+    monkeypatch.setattr(critic, "sdpa_attention_forward", attention)
+    counts = [0]
+    for flag in ("", "--gradient_checkpointing"):
+        arguments = f"loop --model_name_or_path {training.folder}/base --data_path none {flag}"
+        monkeypatch.setattr(sys, "argv", [*arguments.split(), "--max_seq_len=64"])
         model, _ = loop.load_model(loop.parse_args(), {})
-        calls.clear()
         model(*pad_rows(random_rows(1)))["loss"].backward()
-        counts.append(len(calls))
-    assert counts[1] == 2 * counts[0] > 0
+        counts.append(attention.call_count)
+    assert counts[2] == 3 * counts[1] > 0
 
 
 def train_in(folder):
@@ -1574,24 +1546,11 @@ def test_loop_every_form_of_a_row(form, special, read_pairs, chat_tokenizer, mon
     assert len({pair.prompt for pair in pairs}) == 1
 
 
-def test_loop_many_rows_keep_their_order(read_pairs, chat_tokenizer):
-    """They are tokenized 1000 at a time, texts with BOS, texts without, and messages apart."""
-    bos = chat_tokenizer.bos_token
-    rows = [row(f"yes {number}", f"no {number}", prompt="Q") for number in range(2001)]
-    for number in range(9):
-        content = f"{number} ?"
-        rows.append(row(YES, NO, prompt=[message(content)]))
-        rows.append(row(f"{content} yes", f"{content} no", prompt=bos * (number % 2)))
-    texts = []
-    for given in rows:
-        prompt = given["prompt"]
-        for side in SIDES:
-            if isinstance(prompt, list):
-                texts.append(f"{bos}u:{prompt[0]['content']};a:{given[side][0]['content']};<eos>\n")
-            else:
-                texts.append(f"{bos}{prompt.removeprefix(bos)}{given[side]}<eos>")
-    found = itertools.chain.from_iterable(map(tokens_of, read_pairs(rows)))
-    assert list(found) == [chat_tokenizer.encode(text, add_special_tokens=False) for text in texts]
+def test_loop_many_rows_are_read_as_each_by_itself(read_pairs):
+    """More than are tokenized at once, and all forms in turn."""
+    rows = [row(f"yes {number}", "no", prompt="Q") for number in range(1001)]
+    rows += [given for given, _ in ROWS.values()]
+    assert read_pairs(rows) == [pair for given in rows for pair in read_pairs([given])]
 
 
 @pytest.mark.parametrize("end", ["<eos>", "<eos>" + NEWLINE, NEWLINE, ""])
@@ -1738,37 +1697,34 @@ def test_loop_batches_of_each_rank(loop, monkeypatch):
     assert sorted(found) == sorted(expected)
 
 
-def test_loop_holds_out_a_tenth_of_the_prompts(loop, monkeypatch):
-    pairs = draw_pairs(loop, 100, 2)
-    monkeypatch.setattr(loop, "read_pairs", mock.Mock(return_value=pairs))
-    parts = loop.read_data(mock.Mock(data_path=["a"], eval_path=None), None)
-    assert [len(part) for part in parts] == [90, 10]
-    assert not set.intersection(*({pair.prompt for pair in part} for part in parts))
-
-
-def test_loop_holds_out_the_same_prompts_in_every_process(loop, chat_tokenizer, tmp_path):
-    rows = [row("yes", f"no {number}", prompt=f"Q{number}") for number in range(60)]
+def test_loop_holds_out_the_same_tenth_of_the_prompts_in_every_process(
+    loop, chat_tokenizer, tmp_path
+):
+    prompts = [f"Q{number}" for number in range(60)]
+    rows = [row("yes", side, prompt=prompt) for side in SIDES for prompt in prompts]
     paths = [str(write_rows(tmp_path / "rows.jsonl.gz", rows))]
     args = mock.Mock(data_path=paths, eval_path=None, max_seq_len=64)
-    _, held_out = loop.read_data(args, chat_tokenizer)
-    texts = chat_tokenizer.batch_decode([pair.rejected.tolist() for pair in held_out])
-    assert re.findall("no (.*?)<", " ".join(texts)) == ["15", "35", "38", "46", "56", "59"]
+    found = []
+    for part in loop.read_data(args, chat_tokenizer):
+        texts = chat_tokenizer.batch_decode([pair.chosen.tolist() for pair in part])
+        found.append([text.removeprefix("<bos>").split("yes")[0] for text in texts])
+    held_out = ["Q15", "Q35", "Q38", "Q46", "Q56", "Q59"]
+    assert found[1] == held_out * 2
+    assert found[0] == [prompt for prompt in prompts if prompt not in held_out] * 2
 
 
 def test_loop_a_fingerprint_has_every_file(loop, monkeypatch, tmp_path):
-    """By content and by role, not by name."""
+    """By content and by role, not by name: the last two are equal."""
     monkeypatch.setattr(loop.dist, "get_world_size", lambda: 1)
-    files = [str(write_rows(tmp_path / f"{name}.jsonl.gz", make_pairs(1, name))) for name in "abc"]
-    a, b, c = files
-    copy_of_a = tmp_path / "copy"
-    copy_of_a.write_bytes(Path(a).read_bytes())
+    for name in "abcA":
+        (tmp_path / name).write_text(name.lower())
     found = []
-    for data, held_out in ([a], None), ([a], [b]), ([b], [a]), ([a, c], [b]), ([a], [b, c]):
-        found.append(loop.fingerprint(mock.Mock(data_path=data, eval_path=held_out), {}))
-    of_paths = [[line["data_path"], line["eval_path"]] for line in found]
-    assert all(of_paths.count(paths) == 1 for paths in of_paths)
-    args = mock.Mock(data_path=[str(copy_of_a)], eval_path=[b])
-    assert loop.fingerprint(args, {})["data_path"] == of_paths[1][0]
+    for data, held_out in ("a", ""), ("b", "a"), ("ac", "b"), ("a", "bc"), ("a", "b"), ("A", "b"):
+        paths = [[tmp_path / name for name in names] for names in (data, held_out)]
+        args = mock.Mock(data_path=paths[0], eval_path=paths[1] or None)
+        settings = loop.fingerprint(args, {})
+        found.append([settings["data_path"], settings["eval_path"]])
+    assert [found.index(files) for files in found] == [0, 1, 2, 3, 4, 4]
 
 
 def test_loop_without_data_evaluates_all_pairs(training, tokenizer, tmp_path):
@@ -2022,7 +1978,7 @@ def train_with_nan(what, bad_call, bad_rank):
         loss, scores = ranking_loss(rewards, *others)
         if what == "gradient" and rewards.requires_grad:
             rewards.register_hook(spoil)
-        if what == "loss" and rewards.requires_grad:
+        if what == ("loss" if rewards.requires_grad else "held-out loss"):
             loss = spoil(loss)
         return loss, scores
 
@@ -2064,83 +2020,61 @@ def test_loop_errors_of_the_code_keep_their_traceback(training, tmp_path):
     assert re.search(r"Traceback.*\nKeyError: 'my_new_option'", printed, re.DOTALL)
 
 
-def train_with_nan_in_evaluations():
-    ranking_loss = critic.ranking_loss
-
-    def spoiled_loss(rewards, *others):
-        loss, scores = ranking_loss(rewards, *others)
-        return loss if rewards.requires_grad else loss * math.nan, scores
-
-    critic.ranking_loss = spoiled_loss
-    train()
-
-
 def test_loop_stops_if_the_held_out_loss_is_not_finite(training, tmp_path):
-    main = train_with_nan_in_evaluations
+    main = functools.partial(train_with_nan, "held-out loss", 2, 0)
     printed = run_ranks(training(tmp_path / "out"), main=main, ranks=1, code=1)
     fix = "check the data, or lower the learning rate; last checkpoint: none, see --save_interval"
     assert f"error: step 0: the held-out loss is not finite: {fix}" in printed
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
 
 
-def train_once_told(go):
-    """Wait before the first step until a file exists."""
+def train_and_first(name, action):
+    """Do something before each call of a function of the loop."""
     import train_reward
 
-    shuffle = train_reward.shuffle_prompts
+    function = getattr(train_reward, name)
 
-    def wait_and_shuffle(*arguments):
-        wait_for(go.exists)
-        return shuffle(*arguments)
+    def call(*arguments):
+        action()
+        return function(*arguments)
 
-    train_reward.shuffle_prompts = wait_and_shuffle
+    setattr(train_reward, name, call)
     train()
 
 
-def wait_for(condition):
-    for _ in range(600):
-        if condition():
-            return
+def wait_for_text(path):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def test_loop_a_second_run_in_a_folder_leaves_the_first_alone(trained, training, tmp_path):
-    """The second could resume the first, if that had ended."""
+    """The first waits before its first step. The second could resume it, if it had ended."""
     from concurrent.futures import ThreadPoolExecutor
 
     output = training.folder / "busy"
     arguments = training(output, 0, 4)
-    metrics = output / "metrics.jsonl"
-    main = functools.partial(train_once_told, tmp_path / "go")
+    wait = functools.partial(wait_for_text, tmp_path / "go")
+    main = functools.partial(train_and_first, "shuffle_prompts", wait)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(run_ranks, arguments, main, 1)
-        wait_for(lambda: metrics.exists() and metrics.read_text())
+        wait_for_text(output / "metrics.jsonl")
         printed = run_ranks(arguments + "--resume", ranks=1, code=1)
-        (tmp_path / "go").touch()
+        (tmp_path / "go").write_text("go")
         first.result()
     assert "metrics.jsonl: another run writes there: end it, or pass another" in printed
     assert read_metrics(output) == read_metrics(trained(1, 0))
 
 
-def train_after_another_run(output):
-    """It ends while this one loads the model."""
-    import train_reward
-
-    def load_slowly(*arguments):
-        (output / "metrics.jsonl").write_text("{}\n")
-        return load_model(*arguments)
-
-    load_model = train_reward.load_model
-    train_reward.load_model = load_slowly
-    train()
-
-
 def test_loop_does_not_write_over_a_run_that_has_just_ended(training, tmp_path):
-    main = functools.partial(train_after_another_run, tmp_path)
-    printed = run_ranks(training(tmp_path), main=main, ranks=1, code=1)
+    """It starts and ends while this one loads the model."""
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    metrics.parent.mkdir()
+    write = functools.partial(metrics.write_text, "{}")
+    main = functools.partial(train_and_first, "load_model", write)
+    printed = run_ranks(training(metrics.parent), main=main, ranks=1, code=1)
     assert "holds metrics.jsonl: pass another --output_dir" in printed
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+    assert metrics.read_text() == "{}"
 
 
 def demonstrate_briefly():
@@ -2150,7 +2084,7 @@ def demonstrate_briefly():
     train()
 
 
-def test_loop_a_demonstration_resumes_or_replaces_an_earlier_one(tmp_path):
+def test_loop_a_demo_resumes_or_replaces_an_earlier_one(tmp_path):
     """Each step is a line. The second run ends where the first did; the third starts anew."""
     output = tmp_path / "out"
     config = write_ds_config(tmp_path / "ds.json")
@@ -2220,43 +2154,23 @@ BAD_FLAGS = {
     "--output_dir {folder}/base --resume": "base holds config.json: pass another --output_dir",
     "--deepspeed_config {folder}/missing.json": "missing.json",
     "--deepspeed_config {folder}/good.jsonl.gz": "good.jsonl.gz: 'utf-8' codec",
+    "--deepspeed_config {folder}/broken": "broken: Expecting property name",
     "only --data_path {folder}/good.jsonl.gz": "give --model_name_or_path and --data_path",
     "only --model_name_or_path {folder}/base": "give --model_name_or_path and --data_path",
     "only --model_name_or_path x --eval_path y --resume": "--resume continues training: give --data",
     "only --model_name_or_path {folder}/base --eval_path {folder}/good.jsonl.gz --output_dir "
     "{folder}/out": "base does not match its config.json: .* a head is score.weight",
 }
-# changes of ds_config.json (or its text): message. The model is not loaded: there is none.
-AUTO = {"type": "AdamW", "params": {"lr": "auto"}}
-BAD_CONFIGS = [
-    ("{", "Expecting property name"),
-    ({"optimizer": None}, 'ds.json: "optimizer" is missing: add one, as in ds_config.json'),
-    ({"optimizer": AUTO}, r"ds.json: \"auto\" at \['optimizer.params.lr'\]: write a value"),
-    ({"gradient_clipping": "auto"}, r'ds.json: "auto" at ..gradient_clipping..: write a value'),
-    ({"train_batch_size": 7}, "ds.json: .*train_batch_size"),
-    ({"scheduler": {"type": "WarmupLR"}}, "--learning_rate: WarmupLR sets its own: change its pa"),
-]
-
-
-@pytest.mark.parametrize(("changes", "expected"), BAD_CONFIGS)
-def test_loop_bad_config_is_one_line_before_a_model_is_loaded(changes, expected, tmp_path):
-    config = tmp_path / "ds.json"
-    if changes == "{":
-        config.write_text(changes)
-    else:
-        write_ds_config(config, **changes)
-    flags = "--learning_rate 1" if "scheduler" in changes else ""
-    printed = run_ranks(
-        f"--model_name_or_path {tmp_path}/none --data_path {tmp_path}/none "
-        f"--output_dir {tmp_path}/out --deepspeed_config {config} {flags}",
-        ranks=1,
-        code=1,
-    )
-    error = printed.strip().splitlines()[-1]
-    assert error.startswith("train_reward.py: error: --deepspeed_config "), printed
-    assert re.search(expected, error), printed
-    assert "Traceback" not in printed
-    assert os.listdir(tmp_path) == ["ds.json"]
+# name: (changes of ds_config.json, message). It is read before the model, which does not exist.
+BAD_CONFIGS = {
+    "no-optimizer": ({"optimizer": None}, '"optimizer" is missing: add one, as in ds_config.json'),
+    "auto": ({"bf16": {"enabled": "auto"}}, r'"auto" at .*bf16.enabled.*: write a value'),
+    "sizes": ({"train_batch_size": 7}, "train_batch_size"),
+    "own-rate": ({"scheduler": {"type": "OneCycle"}}, "OneCycle sets its own: change its params"),
+}
+for name, (_, expected) in BAD_CONFIGS.items():
+    flags = f"--model_name_or_path none --learning_rate 1 --deepspeed_config {{folder}}/{name}"
+    BAD_FLAGS[flags] = f"error: --deepspeed_config .*/{name}: .*{expected}"
 
 
 @pytest.fixture(scope="session")
@@ -2268,7 +2182,9 @@ def bad_input(tokenizer, tmp_path_factory):
     edit(folder / "no-eos" / "tokenizer_config.json", eos_token=None)
     write_rows(folder / "good.jsonl.gz", make_pairs(24))
     write_rows(folder / "one.jsonl.gz", [GOOD])
-    write_ds_config(folder / "ds_config")
+    for name, (changes, _) in {"ds_config": ({}, ""), **BAD_CONFIGS}.items():
+        write_ds_config(folder / name, **changes)
+    (folder / "broken").write_text("{")
     (folder / "used").mkdir()
     (folder / "used" / "metrics.jsonl").write_text("{}")
     (folder / "left" / "checkpoints" / "step-000000002").mkdir(parents=True)
