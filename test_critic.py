@@ -1443,15 +1443,8 @@ def test_loop_two_ranks_train_and_save_at_every_stage(stage, trained, tokenizer)
     losses = [line["loss"] for line in read_metrics(trained(2, 0))[0]]
     assert [line["loss"] for line in steps] == pytest.approx(losses, abs=1e-4)
     assert read_critic(output).PAD_ID == len(tokenizer)  # new, since the base's PAD is EOS
-    rows = make_pairs(21, seed=1)
-    texts = [row["prompt"] + row[side] + " <eos>" for side in SIDES for row in rows]
-    batch = pad_rows(AutoTokenizer.from_pretrained(output)(texts)["input_ids"])
-    with torch.no_grad():
-        loss, chosen, rejected = read_critic(output)(*batch).values()
-    margin = chosen - rejected
-    expected = [loss, (margin > 0).float(), margin, chosen, rejected]
-    found = [evaluations[-1][f"eval_{name}"] for name in MEANS]
-    assert found == pytest.approx([value.mean().item() for value in expected], abs=1e-5)
+    expected = reference_evaluation(read_critic(output), encode(make_pairs(21, seed=1), tokenizer))
+    assert evaluated(evaluations[-1]) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture(scope="session")
@@ -1469,7 +1462,259 @@ def demonstration(tmp_path_factory):
 
 
 def test_loop_the_demonstration_learns(demonstration):
-    assert read_metrics(demonstration)[1][-1]["eval_accuracy"] >= 0.9
+    first, *_, last = read_metrics(demonstration)[1]
+    assert 0.6 < first["eval_loss"] < 0.8
+    assert last["eval_loss"] < 0.2
+    assert last["eval_accuracy"] >= 0.9
+
+
+# ---- the loop, beside a plain one ----
+
+
+def encode(rows, tokenizer, max_seq_len=64):
+    """[prompt, chosen ids, rejected ids] of rows that are short enough."""
+    pairs = []
+    for row in rows:
+        texts = [row["prompt"] + row[side] + " <eos>" for side in SIDES]
+        ids = tokenizer(texts)["input_ids"]
+        if max(map(len, ids)) <= max_seq_len:
+            pairs.append([row["prompt"], *ids])
+    return pairs
+
+
+def batch_of(pairs):
+    return pad_rows([pair[1] for pair in pairs] + [pair[2] for pair in pairs])
+
+
+@torch.no_grad()
+def reference_evaluation(model, pairs):
+    """The means of a plain loop over pairs."""
+    values = []
+    for pair in pairs:
+        loss, chosen, rejected = map(float, model.eval()(*batch_of([pair])).values())
+        values.append([loss, chosen > rejected, chosen - rejected, chosen, rejected])
+    return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+
+
+def evaluated(line):
+    """The same of a line of metrics.jsonl."""
+    return [line[f"eval_{name}"] for name in MEANS]
+
+
+def reference_rate(step, steps, warmup):
+    """WarmupCosineLR after a step, as a share of the learning rate: both minima are 0.1."""
+    if step <= warmup:
+        return 0.1 + 0.9 * math.log(step) / math.log(warmup)
+    progress = min(1, (step - warmup) / (steps - warmup))
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def reference_steps(model, pairs, epochs, seed, rate):
+    """Each step's METRICS, without the last, of a plain loop with one batch of 8 per step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0, betas=(0.9, 0.95), weight_decay=0)
+    model.train()
+    epoch_steps = len(pairs) // 8
+    for epoch in range(epochs):
+        shuffled = random.Random(seed + epoch).sample(pairs, len(pairs))
+        for at in range(epoch_steps):
+            step = epoch * epoch_steps + at + 1
+            optimizer.zero_grad()
+            loss, chosen, rejected = model(*batch_of(shuffled[8 * at :][:8])).values()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+            optimizer.step()
+            next_rate = rate * reference_rate(step, epochs * epoch_steps, 3)
+            optimizer.param_groups[0]["lr"] = next_rate  # DeepSpeed's first step has rate 0
+            means = [loss, (chosen > rejected).float().mean(), (chosen - rejected).mean()]
+            yield [step, step / epoch_steps, *map(float, means), next_rate, float(norm)]
+
+
+def long_row(chosen, rejected):
+    """The texts have this many tokens, with EOS."""
+    texts = [" w6" * (count - 3) for count in (chosen, rejected)]
+    return row(*texts, prompt=f"w{chosen} w{rejected}")
+
+
+FLAGS = "--num_train_epochs 4 --seed 7 --max_seq_len 16 --loss_on end --no-compute_fp32_loss "
+FLAGS += "--learning_rate 0.01 --dropout 0 --gradient_checkpointing --eval_interval 3 "
+FLAGS += "--save_interval 2 "
+# (ranks, ZeRO stage, flags, their meaning, steps with an evaluation, checkpoints)
+DEFAULTS = (2, 1, "", (1, 1234, 512, "tokens", 1e-4), [0, 3], [])
+OTHERS = (1, 0, FLAGS, (4, 7, 16, "end", 0.01), [0, 3, 6, 9, 12], [10, 12])
+
+
+@pytest.mark.parametrize(("ranks", "stage", "flags", "meaning", "at", "saved"), [DEFAULTS, OTHERS])
+def test_loop_equals_a_plain_loop(ranks, stage, flags, meaning, at, saved, tokenizer, tmp_path):
+    """Without flags, also the held-out tenth of the prompts. With them, a monitor, and "auto" where
+    it is allowed. One text is as long as allowed, another has a token more."""
+    from hashlib import sha256
+
+    epochs, seed, max_seq_len, loss_on, rate = meaning
+    base = write_base(tmp_path / "base", "llama", tokenizer, max_position_embeddings=512)
+    edit(tmp_path / "base" / "config.json", attention_dropout=int("--dropout 0" in flags))
+    rows = [*make_pairs(28), long_row(max_seq_len, 9), long_row(9, max_seq_len + 1)]
+    rows.append(row(" w1", " w1", prompt="w2"))
+    train = [pair for pair in encode(rows, tokenizer, max_seq_len) if pair[1] != pair[2]]
+    if flags:
+        held_out = [*make_pairs(9, seed=1), long_row(9, max_seq_len), long_row(max_seq_len + 1, 9)]
+        flags += f"--eval_path {write_rows(tmp_path / 'eval.jsonl.gz', held_out)}"
+        held_out = encode(held_out, tokenizer, max_seq_len)
+    else:
+        held_out = sorted(train, key=lambda pair: sha256(pair[0].encode()).digest())[::10]
+        train = [pair for pair in train if pair not in held_out]
+    config = make_ds_config(stage, gradient_accumulation_steps=2 // ranks, gradient_clipping=0.2)
+    config["zero_optimization"]["stage3_max_live_parameters"] = "auto"
+    config["scheduler"]["params"]["warmup_num_steps"] = 3
+    csv = {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}
+    (tmp_path / "ds.json").write_text(json.dumps(config | {"csv_monitor": csv}))
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "metrics.jsonl").touch()  # what a run that failed before its first step leaves
+    data = write_rows(tmp_path / "train.jsonl.gz", rows)
+    printed = run_ranks(
+        f"--model_name_or_path {base} --data_path {data} --output_dir {output} "
+        f"--deepspeed_config {tmp_path}/ds.json {flags}",
+        ranks=ranks,
+    )
+    assert f"29 pairs; dropped 2 that are identical or longer than {max_seq_len} tok" in printed
+    torch.manual_seed(seed)
+    model = create_critic_model(base, tokenizer, dropout=0, loss_on=loss_on)
+    before = reference_evaluation(model, held_out)
+    expected = list(reference_steps(model, train, epochs, seed, rate))
+    after = reference_evaluation(model, held_out)
+    steps, evaluations = read_metrics(output)
+    assert [line["step"] for line in evaluations] == at
+    assert {line["eval_pairs"] for line in evaluations} == {len(held_out)}
+    assert evaluated(evaluations[0]) == pytest.approx(before, abs=1e-5)
+    assert evaluated(evaluations[-1]) == pytest.approx(after, abs=2e-4)
+    for line, numbers in zip(steps, expected, strict=True):
+        if stage == 0:  # DeepSpeed gives no norm
+            numbers.pop()
+            assert line["grad_norm"] is None
+        found = [line[name] for name in METRICS.split()[: len(numbers)]]
+        assert found == pytest.approx(numbers, rel=1e-3)
+    names = sorted(path.name for path in output.glob("checkpoints/*"))
+    assert names == [f"step-{step:09d}" for step in saved]
+    text = (tmp_path / "csv" / "Train_loss.csv").read_text()
+    assert text.split() == ["step,loss", *(f"{line['step']},{line['loss']}" for line in steps)]
+    assert (tmp_path / "csv" / "Train_grad_norm.csv").exists() == (stage > 0)
+
+
+# (ranks, pairs, precision, flags). The rounding of a bf16 head is seen on one pair.
+EVALUATIONS = [(1, 21, {}, ""), (2, 21, {}, "--loss_on end")]
+EVALUATIONS += [(1, 1, BF16, ""), (1, 1, BF16, "--no-compute_fp32_loss")]
+
+
+@pytest.mark.parametrize(("ranks", "count", "precision", "flags"), EVALUATIONS)
+def test_loop_evaluation_equals_a_plain_loop(ranks, count, precision, flags, tokenizer, tmp_path):
+    """Of a saved critic, whose config has dropout, without an optimizer."""
+    saved = tmp_path / "critic"
+    save_critic_model(make_model("llama", tokenizer, dropout=0.5), tokenizer, saved)
+    rows = make_pairs(count)
+    data = write_rows(tmp_path / "eval.jsonl.gz", rows)
+    config = write_ds_config(tmp_path / "ds.json", optimizer=None, scheduler=None, **precision)
+    run_ranks(
+        f"--model_name_or_path {saved} --eval_path {data} --output_dir {tmp_path}/out "
+        f"--deepspeed_config {config} --max_seq_len 64 --learning_rate 1 {flags}",
+        ranks=ranks,
+    )
+    options = {"loss_on": "end" if "end" in flags else "tokens", "rlhf_training": True}
+    options["compute_fp32_loss"] = "--no" not in flags
+    model = create_critic_model(saved, tokenizer, precision, **options)
+    expected = reference_evaluation(model, encode(rows, tokenizer))
+    _, [line] = read_metrics(tmp_path / "out")
+    assert evaluated(line) == pytest.approx(expected, rel=1e-5)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+
+
+def train_and_print_losses():
+    ranking_loss = critic.ranking_loss
+
+    def print_loss(rewards, *others):
+        loss, scores = ranking_loss(rewards, *others)
+        kind = "training" if rewards.requires_grad else "evaluation"
+        print(f"\n{kind} loss: {loss.item()}", flush=True)
+        return loss, scores
+
+    critic.ranking_loss = print_loss
+    train()
+
+
+def test_loop_dropout_differs_between_ranks_and_steps(training, tmp_path):
+    """And there is none in an evaluation, nor a gradient. All pairs are equal, the rate is 0."""
+    rows = write_rows(tmp_path / "rows.jsonl.gz", make_pairs(1) * 16)
+    arguments = training(tmp_path / "out", accumulation=1) + (
+        f"--data_path {rows} --eval_path {rows} --dropout 0.5 --num_train_epochs 1 "
+        "--learning_rate 0 --eval_interval 1"
+    )
+    printed = run_ranks(arguments, main=train_and_print_losses)
+    losses = re.findall("training loss: (.*)", printed)
+    assert len(losses) == len(set(losses)) == 2 * 2
+    evaluations = re.findall("evaluation loss: (.*)", printed)
+    assert len(evaluations) == 3 * 2 * 2  # of 2 batches per rank
+    expected = read_metrics(tmp_path / "out")[1][0]["eval_loss"]
+    assert list(map(float, evaluations)) == pytest.approx([expected] * 12, abs=1e-5)
+
+
+def test_loop_recomputes_activations_with_gradient_checkpointing(loop, training, monkeypatch):
+    attention = mock.Mock(wraps=critic.sdpa_attention_forward)
+    monkeypatch.setattr(critic, "sdpa_attention_forward", attention)
+    counts = [0]
+    for flag in ("", "--gradient_checkpointing"):
+        arguments = f"loop --model_name_or_path {training.folder}/base --data_path none {flag}"
+        monkeypatch.setattr(sys, "argv", [*arguments.split(), "--max_seq_len=64"])
+        model, _ = loop.load_model(loop.parse_args(), {})
+        model(*pad_rows(random_rows(1)))["loss"].backward()
+        counts.append(attention.call_count)
+    assert counts[2] == 3 * counts[1] > 0
+
+
+def train_in(folder):
+    os.chdir(folder)
+    train()
+
+
+def test_loop_without_flags_uses_its_own_config_and_output(training, tokenizer, tmp_path):
+    """ds_config.json, in bf16, with 8 pairs per step and its learning rate."""
+    base = write_base(tmp_path / "base", "llama", tokenizer, max_position_embeddings=512)
+    arguments = f"--model_name_or_path {base} --data_path {training.folder}/train.jsonl.gz"
+    run_ranks(arguments, main=functools.partial(train_in, tmp_path), ranks=1)
+    steps, evaluations = read_metrics(tmp_path / "output")
+    assert [line["step"] for line in steps] == list(range(1, 43 // 8 + 1))
+    assert evaluations[0]["eval_pairs"] == 5
+    assert steps[0]["learning_rate"] == pytest.approx(1e-5)
+    assert AutoConfig.from_pretrained(tmp_path / "output").dtype == torch.bfloat16
+
+
+def train_in_fp16():
+    """DeepSpeed does not know that torch computes fp16 on every CPU."""
+    from deepspeed import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    train()
+
+
+SEEKS_ITS_SCALE = {"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}
+
+
+@pytest.mark.parametrize(("ranks", "stage", "precision"), [(1, 1, SEEKS_ITS_SCALE), (2, 3, BF16)])
+def test_loop_trains_in_16_bits(ranks, stage, precision, training, tmp_path):
+    """In fp16, the first steps overflow, until the loss scale is low enough."""
+    arguments = training(tmp_path / "out", stage, 2 // ranks, **precision)
+    run_ranks(arguments, main=train_in_fp16, ranks=ranks)
+    steps, evaluations = read_metrics(tmp_path / "out")
+    has_norm = [line["grad_norm"] is not None for line in steps]
+    assert has_norm == sorted(has_norm)
+    assert has_norm[0] == (precision is BF16)
+    assert has_norm[5]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+
+
+def test_loop_stops_if_a_static_loss_scale_overflows(training, tmp_path):
+    fp16 = {"enabled": True, "loss_scale": 2**20}
+    arguments = training(tmp_path / "out", 1, fp16=fp16)
+    printed = run_ranks(arguments, main=train_in_fp16, ranks=1, code=1)
+    assert "error: step 1: the gradient is not finite: check the data" in printed
 
 
 # ---- the loop's data ----
@@ -1505,6 +1750,14 @@ def chat_tokenizer():
     return tokenizer
 
 
+def set_special_tokens(tokenizer, special, monkeypatch):
+    from tokenizers import processors
+
+    tokens = [("<bos>", 2), ("<eos>", 1)]
+    processor = processors.TemplateProcessing(single=special, special_tokens=tokens)
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", processor)
+
+
 @pytest.fixture
 def read_pairs(loop, chat_tokenizer, tmp_path):
     """`read_pairs` of a file with these rows."""
@@ -1525,7 +1778,8 @@ YES = [message("yes", "assistant")]
 NO = [message("no", "assistant")]
 CALL = [message(None, "assistant", tool_calls=[{"at": None}])]
 ANSWER = [message("42", "tool"), *YES]
-TOOLS = [{"name": "look"}]
+TOOLS = [{"name": "look", "default": None}]
+TOOLS_IN_JSON = json.dumps(TOOLS)
 CALLED = """[{"name": "look"}] u:Q;a:[{}];t:42;a:yes;"""
 WITH_TOOLS = f'{CALLED} > [{{"name": "look"}}] u:Q;a:no;'
 # name: (row, texts between BOS and EOS)
@@ -1539,6 +1793,11 @@ ROWS = {
     "complete dialogues": (row(Q + YES, Q + NO), "u:Q;a:yes; > u:Q;a:no;"),
     "ranked messages": ({"prompt": Q, "ranked": [YES, NO]}, "u:Q;a:yes; > u:Q;a:no;"),
     "tools": (row(CALL + ANSWER, NO, prompt=Q, tools=TOOLS), WITH_TOOLS),
+    "tools in JSON": (row(CALL + ANSWER, NO, prompt=Q, tools=TOOLS_IN_JSON), WITH_TOOLS),
+    "a repeated prompt": (row("Q: yes", " no", prompt="Q:"), "Q:Q: yes > Q: no"),
+    "written EOS": (row(" yes<eos>", " no<eos><eos>", prompt="Q:"), "Q: yes > Q: no"),
+    "written BOS": (row("<bos>Q: yes", "<bos>Q: no<eos>"), "Q: yes > Q: no"),
+    "BOS in a prompt": (row(" yes", " no", prompt="<bos>Q:"), "Q: yes > Q: no"),
 }
 
 
@@ -1546,9 +1805,12 @@ def tokens_of(pair):
     return [pair.chosen.tolist(), pair.rejected.tolist()]
 
 
+@pytest.mark.parametrize("special", ["<bos> $0", "<bos> $0 <eos>"])
 @pytest.mark.parametrize("form", ROWS)
-def test_loop_every_form_of_a_row(form, read_pairs, chat_tokenizer):
-    """The texts in full, between one BOS and one EOS, with a template's newline."""
+def test_loop_every_form_of_a_row(form, special, read_pairs, chat_tokenizer, monkeypatch):
+    """The texts in full, between one BOS and one EOS, with a template's newline, also if the
+    tokenizer appends EOS itself."""
+    set_special_tokens(chat_tokenizer, special, monkeypatch)
     given, expected = ROWS[form]
     end = "<eos>\n" if ":Q;" in expected else "<eos>"
     pairs = read_pairs([given])
@@ -1556,6 +1818,13 @@ def test_loop_every_form_of_a_row(form, read_pairs, chat_tokenizer):
     pairs_expected = [pair.split(" > ") for pair in expected.split(", ")]
     assert texts == [[f"<bos>{text}{end}" for text in pair] for pair in pairs_expected]
     assert len({pair.prompt for pair in pairs}) == 1
+
+
+def test_loop_many_rows_are_read_as_each_by_itself(read_pairs):
+    """More than are tokenized at once, and all forms in turn."""
+    rows = [row(f"yes {number}", "no", prompt="Q") for number in range(1001)]
+    rows += [given for given, _ in ROWS.values()]
+    assert read_pairs(rows) == [pair for given in rows for pair in read_pairs([given])]
 
 
 @pytest.mark.parametrize("end", ["<eos>", "<eos>" + NEWLINE, NEWLINE, ""])
@@ -1569,17 +1838,49 @@ def test_loop_trains_what_the_template_renders(end, read_pairs, chat_tokenizer, 
     assert pair.tokens == both - len(os.path.commonprefix(tokens_of(pair)))
 
 
-GROUPS = [
+HH = "\n\nHuman: Q\n\nAssistant:"
+TOLD = message("42", "tool")
+TALK_R = [*Q, *YES, message("R")]
+GROUPS = [  # rows of one prompt
     [row("Q\nA: 1", "Q\nA: 2"), row("A: 3", "A: 4", prompt="Q\n")],
     [row("\n1", "\n2", prompt="R"), row("R\nyes", "R\nyet")],
-    [ROWS["messages"][0], ROWS["complete dialogues"][0], ROWS["ranked messages"][0]],
+    [
+        row(f"{HH} 1", f"{HH} 2"),
+        row(f"{HH} line\n3", f"{HH} line\n4"),
+        row(f"{HH} 5\n\nHuman: R{HH} 6", f"{HH} 7"),
+        row(" 8", " 9", prompt=HH),
+        row(" 8", " 9", prompt=HH + " "),
+        row("\n\nAssistant: 1", "\n\nAssistant: 2", prompt="\n\nHuman: Q"),
+        {"ranked": [f"{HH} 1", f"{HH} 2", f"{HH} 3"]},
+    ],
+    [row(f"{HH} 1{HH} 2", f"{HH} 1{HH} 3"), row(" 4", " 5", prompt=f"{HH} 1{HH}")],
+    [
+        ROWS["messages"][0],
+        ROWS["complete dialogues"][0],
+        ROWS["ranked messages"][0],
+        row([*Q, *CALL, TOLD, *YES], [*Q, *CALL, TOLD, *NO]),
+        row([*Q, *YES, *YES], [*Q, *YES, *NO]),
+        row(YES, NO, prompt=[*Q, *CALL, TOLD]),
+        row(YES, NO, prompt=[{"content": "Q", "role": "user"}]),
+    ],
+    [row(YES, NO, prompt=TALK_R), row([*TALK_R, *NO], [*TALK_R, *YES])],
+    [row(YES, NO, prompt=[message("R")])],
+    [row(YES, [message("R"), *NO])],
 ]
+# What stands between a prompt and the response in the texts of well-known models.
+TAGS = ["\n\nAssistant:", "\nAssistant:", "\nA:", "<|assistant|>", "<|im_start|>assistant"]
+TAGS += ["<start_of_turn>model", "### Response:", "[/INST]"]
 
 
 def test_loop_finds_the_pairs_of_a_prompt(read_pairs):
-    prompts = [{pair.prompt for pair in read_pairs(group)} for group in GROUPS]
-    assert [len(found) for found in prompts] == [1, 1, 1]
-    assert len(set.union(*prompts)) == 3
+    groups = list(GROUPS)
+    for number, tag in enumerate(TAGS):
+        text = f"{number} ?{tag}"
+        groups.append([row(f"{text} a", f"{text} b"), row("c", "d", prompt=text)])
+        groups[-1].append(row(f"{tag} e", f"{tag} f", prompt=f"{number} ?"))
+    prompts = [{pair.prompt for pair in read_pairs(group)} for group in groups]
+    assert [len(found) for found in prompts] == [1] * len(groups)
+    assert len(set.union(*prompts)) == len(groups)
 
 
 def test_loop_counts_what_is_dropped_and_what_has_no_prompt(read_pairs, capsys):
@@ -1591,6 +1892,8 @@ def test_loop_counts_what_is_dropped_and_what_has_no_prompt(read_pairs, capsys):
     printed = capsys.readouterr().out
     assert "601 pairs; dropped 2 that are identical or longer than 256 tokens" in printed
     assert "600 rows have no prompt or common prefix" in printed
+    read_pairs([row("Q yes", "no", prompt="Q"), row(Q + YES, NO, prompt=Q), row("Q", "R")])
+    assert "2 have a response that begins with the prompt" in capsys.readouterr().out
 
 
 def draw_ids(rng, mean):
@@ -1668,12 +1971,34 @@ def test_loop_batches_of_each_rank(loop, monkeypatch):
     assert sorted(found) == sorted(expected)
 
 
-def test_loop_holds_out_a_tenth_of_the_prompts(loop, monkeypatch):
-    pairs = draw_pairs(loop, 100, 2)
-    monkeypatch.setattr(loop, "read_pairs", mock.Mock(return_value=pairs))
-    parts = loop.read_data(mock.Mock(data_path=["a"], eval_path=None), None)
-    assert [len(part) for part in parts] == [90, 10]
-    assert not set.intersection(*({pair.prompt for pair in part} for part in parts))
+def test_loop_holds_out_the_same_tenth_of_the_prompts_in_every_process(
+    loop, chat_tokenizer, tmp_path
+):
+    prompts = [f"Q{number}" for number in range(60)]
+    rows = [row("yes", side, prompt=prompt) for side in SIDES for prompt in prompts]
+    paths = [str(write_rows(tmp_path / "rows.jsonl.gz", rows))]
+    args = mock.Mock(data_path=paths, eval_path=None, max_seq_len=64)
+    found = []
+    for part in loop.read_data(args, chat_tokenizer):
+        texts = chat_tokenizer.batch_decode([pair.chosen.tolist() for pair in part])
+        found.append([text.removeprefix("<bos>").split("yes")[0] for text in texts])
+    held_out = ["Q15", "Q35", "Q38", "Q46", "Q56", "Q59"]
+    assert found[1] == held_out * 2
+    assert found[0] == [prompt for prompt in prompts if prompt not in held_out] * 2
+
+
+def test_loop_a_fingerprint_has_every_file(loop, monkeypatch, tmp_path):
+    """By content and by role, not by name: the last two are equal."""
+    monkeypatch.setattr(loop.dist, "get_world_size", lambda: 1)
+    for name in "abcA":
+        (tmp_path / name).write_text(name.lower())
+    found = []
+    for data, held_out in ("a", ""), ("b", "a"), ("ac", "b"), ("a", "bc"), ("a", "b"), ("A", "b"):
+        paths = [[tmp_path / name for name in names] for names in (data, held_out)]
+        args = mock.Mock(data_path=paths[0], eval_path=paths[1] or None)
+        settings = loop.fingerprint(args, {})
+        found.append([settings["data_path"], settings["eval_path"]])
+    assert [found.index(files) for files in found] == [0, 1, 2, 3, 4, 4]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -1909,13 +2234,14 @@ def test_loop_the_readmes_memory_is_right():
 
 # ---- kills and faults ----
 
-# stage: (module, function, number of the call in which each rank is killed): between two
-# checkpoints, before the first, before the second is renamed, in the middle of it.
+# when: (ZeRO stage, checkpoints that are left, module, function, call in which a rank is killed; of
+# a negative number, after it)
 DEATHS = {
-    0: ("train_reward", "log", 7),
-    1: ("train_reward", "run_batches", 2),
-    2: ("os", "replace", 2),
-    3: ("torch", "save", 3),
+    "after an evaluation and a checkpoint of one step": (0, "08 10", "train_reward", "log", 15),
+    "before the first checkpoint": (1, "", "train_reward", "batches_of_rank", 2),
+    "in the middle of a checkpoint": (3, "02 unfinished", "torch", "save", 3),
+    "before a checkpoint is renamed": (2, "02 unfinished", "os", "replace", 2),
+    "after that, before an older one is deleted": (2, "02 04 06", "os", "replace", -3),
 }
 
 
@@ -1925,23 +2251,29 @@ def train_until_killed(module, name, last):
     calls = itertools.count(1)
 
     def call(*arguments, **options):
-        if next(calls) == last:
+        number = next(calls)
+        if number != last:
+            result = function(*arguments, **options)
+        if number == abs(last):
+            print("killed", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
+        return result
 
     setattr(module, name, call)
     train()
 
 
-@pytest.mark.parametrize("stage", DEATHS)
-def test_loop_a_killed_run_resumes_bitwise_identical(stage, trained, training):
+@pytest.mark.parametrize("when", DEATHS)
+def test_loop_a_killed_run_resumes_bitwise_identical(when, trained, training):
     """In float32, with dropout and accumulation."""
-    output = training.folder / f"killed-{stage}"
+    stage, left, *death = DEATHS[when]
+    output = training.folder / f"killed-{len(when)}"
     arguments = training(output, stage)
-    run_ranks(arguments, main=functools.partial(train_until_killed, *DEATHS[stage]), code=None)
+    printed = run_ranks(arguments, main=functools.partial(train_until_killed, *death), code=None)
+    assert "killed" in printed
     checkpoints = output / "checkpoints"
-    assert (checkpoints / "step-000000002").exists() == (stage != 1)
-    assert (checkpoints / "unfinished").exists() == (stage > 1)
+    names = sorted(path.name.removeprefix("step-0000000") for path in checkpoints.glob("*/"))
+    assert names == left.split()
     assert not (output / "model.safetensors").exists()
     run_ranks(arguments + "--resume")
     expected = trained(2, stage)
@@ -1952,19 +2284,19 @@ def test_loop_a_killed_run_resumes_bitwise_identical(stage, trained, training):
     assert names == ["step-000000010", "step-000000012"]
 
 
-DIFFERENT = (
-    "data_path eval_path seed dropout loss_on compute_fp32_loss max_seq_len deepspeed_config"
-)
+DIFFERENT = """model_name_or_path data_path eval_path seed dropout loss_on compute_fp32_loss
+max_seq_len num_train_epochs deepspeed_config"""
 
 
-def test_loop_resume_of_another_run_is_an_error(trained, training, tmp_path):
+def test_loop_resume_of_another_run_is_an_error(trained, training, tokenizer, tmp_path):
     """It names what differs; the folder stays as it is."""
     output = trained(2, 0)
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
     other = write_rows(tmp_path / "other.jsonl.gz", make_pairs()[::-1])
     arguments = training(output) + (
         f"--resume --data_path {other} --eval_path {other} --seed 1 --dropout 0 --loss_on end "
-        "--no-compute_fp32_loss --max_seq_len 63"
+        "--no-compute_fp32_loss --max_seq_len 63 --num_train_epochs 5 "
+        f"--model_name_or_path {write_base(tmp_path / 'other', 'llama', tokenizer)}"
     )
     config = write_ds_config(tmp_path / "ds.json", gradient_clipping=0.5)
     printed = run_ranks(f"{arguments} --deepspeed_config {config}", ranks=1, code=1)
@@ -2004,7 +2336,7 @@ def train_with_nan(what, bad_call, bad_rank):
         loss, scores = ranking_loss(rewards, *others)
         if what == "gradient" and rewards.requires_grad:
             rewards.register_hook(spoil)
-        if what == "loss" and rewards.requires_grad:
+        if what == ("loss" if rewards.requires_grad else "held-out loss"):
             loss = spoil(loss)
         return loss, scores
 
@@ -2046,16 +2378,104 @@ def test_loop_errors_of_the_code_keep_their_traceback(training, tmp_path):
     assert re.search(r"Traceback.*\nKeyError: 'my_new_option'", printed, re.DOTALL)
 
 
+def test_loop_stops_if_the_held_out_loss_is_not_finite(training, tmp_path):
+    main = functools.partial(train_with_nan, "held-out loss", 2, 0)
+    printed = run_ranks(training(tmp_path / "out"), main=main, ranks=1, code=1)
+    fix = "check the data, or lower the learning rate; last checkpoint: none, see --save_interval"
+    assert f"error: step 0: the held-out loss is not finite: {fix}" in printed
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
+
+
+def train_and_first(name, action):
+    """Do something before each call of a function of the loop."""
+    import train_reward
+
+    function = getattr(train_reward, name)
+
+    def call(*arguments):
+        action()
+        return function(*arguments)
+
+    setattr(train_reward, name, call)
+    train()
+
+
+def wait_for_text(path):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def test_loop_a_second_run_in_a_folder_leaves_the_first_alone(trained, training, tmp_path):
+    """The first waits before its first step. The second could resume it, if it had ended."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    output = training.folder / "busy"
+    arguments = training(output, 0, 4)
+    wait = functools.partial(wait_for_text, tmp_path / "go")
+    main = functools.partial(train_and_first, "shuffle_prompts", wait)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run_ranks, arguments, main, 1)
+        wait_for_text(output / "metrics.jsonl")
+        printed = run_ranks(arguments + "--resume", ranks=1, code=1)
+        (tmp_path / "go").write_text("go")
+        first.result()
+    assert "metrics.jsonl: another run writes there: end it, or pass another" in printed
+    assert read_metrics(output) == read_metrics(trained(1, 0))
+
+
+def test_loop_does_not_write_over_a_run_that_has_just_ended(training, tmp_path):
+    """It starts and ends while this one loads the model."""
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    metrics.parent.mkdir()
+    write = functools.partial(metrics.write_text, "{}")
+    main = functools.partial(train_and_first, "load_model", write)
+    printed = run_ranks(training(metrics.parent), main=main, ranks=1, code=1)
+    assert "holds metrics.jsonl: pass another --output_dir" in printed
+    assert metrics.read_text() == "{}"
+
+
+def demonstrate_briefly():
+    import train_reward
+
+    train_reward.topics = {"words": " ".join(f"word{n}" for n in range(800))}
+    train()
+
+
+def test_loop_a_demo_resumes_or_replaces_an_earlier_one(tmp_path):
+    """Each step is a line. The second run ends where the first did; the third starts anew."""
+    output = tmp_path / "out"
+    config = write_ds_config(tmp_path / "ds.json")
+    arguments = f"--output_dir {output} --deepspeed_config {config} "
+    found = []
+    for flags in ("--save_interval 1", "--save_interval 1 --resume", "--seed 2"):
+        run_ranks(arguments + flags, main=demonstrate_briefly, ranks=1)
+        found.append((output / "metrics.jsonl").read_text().splitlines())
+        assert (output / "checkpoints").exists() == ("save" in flags)
+    first, resumed, replaced = found
+    assert first == resumed
+    assert len(replaced) == len(first) > 3
+    assert not set(replaced) & set(first)
+
+
 # ---- bad input ----
 
 GOOD = row(" w4 w1", " w5 w2", prompt="w3")
 TALK = [message("w3")]
 FORMS = ':1: pass "chosen" and "rejected", or "ranked", with or without "prompt": all texts, or'
+MANY = gzip.compress(b"\n".join(json.dumps(pair).encode() for pair in make_pairs(1500)))
 BAD_ROWS = {  # name: (row, or bytes of the file, message)
     "no gzip": (b"{}\n", ":0: Not a gzipped file"),
     "broken UTF-8": (b'{"chosen": "\xff"}\n', ":1: .*utf-8"),
     "a lone surrogate": (b'{"chosen": "\\ud800 a", "rejected": "b"}\n', ":1: "),
     "broken JSON": (b"\n" * 6 + b"{,}\n", ":7: Expecting property name"),
+    "gzip, cut off": (MANY[:-9], r":1499: .*ended before"),
+    "gzip, a byte changed": (MANY[:10_000] + b"\xff" + MANY[10_001:], r":[1-9]\d*: "),
+    "gzip, its header changed": (
+        MANY[:10] + b"\xff" + MANY[11:],
+        ":0: Error -3 while decompressing",
+    ),
+    "an empty list": (row([], TALK), FORMS),
     "JSON within JSON": (b"[" * 100_000, ":1: .*recursion"),
     "no object": ([1], ":1: cannot convert"),
     "a missing key": ({"chosen": "w4"}, FORMS),
@@ -2075,7 +2495,7 @@ BAD_ROWS = {  # name: (row, or bytes of the file, message)
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_loop_bad_rows_are_named(case, loop, chat_tokenizer, tmp_path):
     content, expected = BAD_ROWS[case]
-    path = tmp_path / ("rows.jsonl.gz" if case == "no gzip" else "rows.jsonl")
+    path = tmp_path / ("rows.jsonl.gz" if "gzip" in case else "rows.jsonl")
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(ValueError, match=rf"rows\.jsonl.*{expected}"):
         loop.read_pairs([str(path)], chat_tokenizer, 256)
@@ -2088,13 +2508,31 @@ BAD_FLAGS = {
     "--max_seq_len 300": "--max_seq_len is 300, but .* has 256 positions",
     "--model_name_or_path no/such-model": "huggingface.co",
     "--model_name_or_path {folder}/no-eos": "the tokenizer has no EOS token",
+    "--num_train_epochs 0": "--num_train_epochs must be at least 1; to evaluate, omit --data_path",
     "--output_dir {folder}/used": "used holds metrics.jsonl: pass another --output_dir",
+    "--output_dir {folder}/left": "left holds checkpoints: pass another --output_dir",
+    "--output_dir {folder}/demonstrated --resume": "demonstrated holds demo: pass another --outp",
+    "only --output_dir {folder}/used": "used holds metrics.jsonl: pass another --output_dir",
     "--output_dir {folder}/base --resume": "base holds config.json: pass another --output_dir",
     "--deepspeed_config {folder}/missing.json": "missing.json",
     "--deepspeed_config {folder}/good.jsonl.gz": "good.jsonl.gz: 'utf-8' codec",
+    "--deepspeed_config {folder}/broken": "broken: Expecting property name",
     "only --data_path {folder}/good.jsonl.gz": "give --model_name_or_path and --data_path",
     "only --model_name_or_path {folder}/base": "give --model_name_or_path and --data_path",
+    "only --model_name_or_path x --eval_path y --resume": "--resume continues training: give --data",
+    "only --model_name_or_path {folder}/base --eval_path {folder}/good.jsonl.gz --output_dir "
+    "{folder}/out": "base does not match its config.json: .* a head is score.weight",
 }
+# name: (changes of ds_config.json, message). It is read before the model, which does not exist.
+BAD_CONFIGS = {
+    "no-optimizer": ({"optimizer": None}, '"optimizer" is missing: add one, as in ds_config.json'),
+    "auto": ({"bf16": {"enabled": "auto"}}, r'"auto" at .*bf16.enabled.*: write a value'),
+    "sizes": ({"train_batch_size": 7}, "train_batch_size"),
+    "own-rate": ({"scheduler": {"type": "OneCycle"}}, "OneCycle sets its own: change its params"),
+}
+for name, (_, expected) in BAD_CONFIGS.items():
+    flags = f"--model_name_or_path none --learning_rate 1 --deepspeed_config {{folder}}/{name}"
+    BAD_FLAGS[flags] = f"error: --deepspeed_config .*/{name}: .*{expected}"
 
 
 @pytest.fixture(scope="session")
@@ -2106,9 +2544,13 @@ def bad_input(tokenizer, tmp_path_factory):
     edit(folder / "no-eos" / "tokenizer_config.json", eos_token=None)
     write_rows(folder / "good.jsonl.gz", make_pairs(24))
     write_rows(folder / "one.jsonl.gz", [GOOD])
-    write_ds_config(folder / "ds_config")
+    for name, (changes, _) in {"ds_config": ({}, ""), **BAD_CONFIGS}.items():
+        write_ds_config(folder / name, **changes)
+    (folder / "broken").write_text("{")
     (folder / "used").mkdir()
     (folder / "used" / "metrics.jsonl").write_text("{}")
+    (folder / "left" / "checkpoints" / "step-000000002").mkdir(parents=True)
+    (folder / "demonstrated" / "demo").mkdir(parents=True)
     return folder
 
 
@@ -2117,10 +2559,11 @@ def test_loop_bad_input_is_one_line_and_changes_nothing(words, bad_input):
     usual = "--model_name_or_path {folder}/base --data_path {folder}/good.jsonl.gz "
     usual += "--output_dir {folder}/out --deepspeed_config {folder}/ds_config --max_seq_len 64 "
     arguments = words[5:] if words.startswith("only ") else usual + words
+    before = sorted(bad_input.rglob("*"))
     printed = run_ranks(arguments.format(folder=bad_input), ranks=1, code=None)
     assert "train_reward.py: error: " in printed and "Traceback" not in printed, printed
     assert re.search(BAD_FLAGS[words], printed), printed
-    assert not (bad_input / "out").exists()
+    assert sorted(bad_input.rglob("*")) == before
     assert (bad_input / "used" / "metrics.jsonl").read_text() == "{}"
 
 
