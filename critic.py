@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The reward/critic model of RLHF: a pretrained decoder with a linear value head.
 
-After DeepSpeed-Chat's RewardModel (github.com/deepspeedai/DeepSpeedExamples). Three chapters:
+Modelled on DeepSpeed-Chat's (github.com/deepspeedai/DeepSpeedExamples). Three chapters:
 
 1. The reward model on a padded batch: alignment, ranking loss, value head. Complete by itself.
 2. Checkpoints and ranks: create, load, save, ZeRO.
@@ -9,8 +9,8 @@ After DeepSpeed-Chat's RewardModel (github.com/deepspeedai/DeepSpeedExamples). T
    "# chapter 3" hand over to it: delete them with the chapter, and the model is still correct.
 
 Shapes: B pairs; R rows (2B in training: B chosen, then B rejected); T columns of the input;
-E columns whose reward is needed; H hidden size. In chapter 3 also: U distinct rows; N nodes;
-Q queries; K keys; D head size.
+E columns of the longest row whose rewards are needed; H hidden size. In chapter 3 also: U distinct
+rows; N nodes; Q queries; K keys; D head size.
 """
 
 import copy
@@ -42,7 +42,8 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 # ---- Chapter 1: the reward model on a padded batch ----
 
-# All but cuDNN's, which gives NaN gradients on Hopper with an explicit mask (pytorch#196678).
+# All sdpa kernels but cuDNN's, which returns NaN gradients on Hopper with an explicit mask
+# (pytorch#196678).
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -52,12 +53,15 @@ def align(
     """Move the content of each row to column 0, so that all kinds of padding become one.
 
     Content is where the mask is 1. Without a mask, it runs from the first to the last id that is
-    not PAD, plus the `num_padding_at_beginning` ids before it: OPT starts every text with BOS,
-    which has PAD's id once pad = eos is set (DeepSpeedExamples #455).
+    not PAD, plus the `num_padding_at_beginning` ids before it: OPT starts every text with BOS, and
+    once pad = eos is set, this BOS has PAD's id (DeepSpeedExamples #455).
 
-    Returns, on the CPU: ids (R, T), content, then PAD; visible (R, T), what attention may see:
-    content, or without a mask everything, as in DeepSpeed-Chat; source (R, T), the column of each
-    id in input_ids; length (R,), content tokens.
+    Returns, on the CPU:
+        ids: (R, T), content, then PAD.
+        visible: (R, T), what attention may see: content; without a mask everything, as in
+            DeepSpeed-Chat.
+        source: (R, T), the column of each id in input_ids.
+        length: (R,), content tokens.
     """
     ids = input_ids.cpu().long()
     content = ids != pad_id if attention_mask is None else attention_mask.cpu().bool()
@@ -87,7 +91,8 @@ def ranking_loss(
 
     "tokens" averages it over the positions [p, e), from the divergence p to the end e of the longer
     row, as DeepSpeed-Chat does, with padding of the shorter row (DeepSpeedExamples #316). "end"
-    compares end scores (InstructGPT, arXiv:2203.02155). Identical texts, with p = e, give log 2.
+    compares end scores (InstructGPT, arXiv:2203.02155). Identical texts, where p = e, give log 2 and
+    no gradient.
 
     Args: rewards (2B, E), aligned at column 0; length (2B,), content tokens; divergence (B,), p.
     """
@@ -108,7 +113,7 @@ def ranking_loss(
 
 
 class Float32Linear(nn.Linear):
-    """A head that computes in float32, whatever its weight's dtype.
+    """A head that computes in float32, whatever the dtype of its weight.
 
     bf16 has steps of 0.03 above 4, so that scores tie (sentence-transformers #3894).
     """
@@ -127,11 +132,12 @@ class RewardModel(nn.Module):
     Args:
         base_model: the decoder without its language-model head, as AutoModel returns it.
         tokenizer: its pad_token_id should not be EOS, and must have an embedding.
-        num_padding_at_beginning: leading PAD ids of every text: 1 for OPT with pad = eos, no mask.
+        num_padding_at_beginning: how many PAD ids begin every text, used where no mask is passed:
+            1 for OPT with pad = eos.
         compute_fp32_loss: compute the value head and the loss in float32.
         loss_on: "tokens", a loss at every response token, or "end", at the last (`ranking_loss`).
         share_prefix: compute shared prefixes once, where that is exact (chapter 3). This sets
-            base_model's attention to "prefix_tree", which is sdpa where no tree is passed.
+            base_model's attention to "prefix_tree", which calls sdpa where it gets no tree.
     """
 
     def __init__(
@@ -166,7 +172,8 @@ class RewardModel(nn.Module):
         place = {"dtype": base_model.dtype, "device": base_model.device}
         head = Float32Linear if compute_fp32_loss else nn.Linear
         self.v_head = head(width, 1, bias=False, **place)
-        # It moves with the model and tells its device; ZeRO-3 may offload parameters to the CPU.
+        # This empty buffer moves with the model and so tells its device, also where ZeRO-3 offloads
+        # the parameters to the CPU.
         self.register_buffer("on_device", torch.empty(0, **place), persistent=False)
         self.train(base_model.training)
 
@@ -181,7 +188,7 @@ class RewardModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """As transformers' method; call this one, not base_model's.
+        """Works like transformers' method; call this one, not base_model's.
 
         It turns cuDNN's attention off in the whole process, because activations are recomputed in
         the backward pass, outside of the switch in `_score`.
@@ -205,9 +212,11 @@ class RewardModel(nn.Module):
             input_ids: (2B, T), B chosen rows, then the B rejected ones. Never slice this dimension
                 (nn.DataParallel, accelerate's dispatch_batches): run one process per device.
             attention_mask: (2B, T), 1 at content. If None, PAD is padding, but attention sees it.
-            return_loss: ignored. Trainer evaluates only if it is True by default.
+            return_loss: ignored. transformers' Trainer computes an evaluation loss only if forward
+                has this argument, and True is its default.
             use_cache: ignored. DeepSpeed-Chat passes it.
-        Returns loss () and end scores (B,), from which other losses can be built, such as Llama 2's
+        Returns loss (), and chosen_mean_scores and rejected_mean_scores (B,), which are end scores;
+        the names are DeepSpeed-Chat's. Other losses can be built from them, such as Llama 2's
         margin (arXiv:2307.09288). Raises ValueError, which names the row and the fix.
         """
         if getattr(self, "_is_replica", False):
@@ -221,8 +230,8 @@ class RewardModel(nn.Module):
         in_both = torch.arange(ids.size(1), device=ids.device) < shorter[:, None]
         same = (chosen_ids == rejected_ids) & in_both
         divergence = same.int().cumprod(1).sum(1)  # (B,); e where the texts are identical
-        # The loss reads the rewards of a row's first `needed` tokens: up to the row's own end, or
-        # for "tokens" up to the end of the longer row, where the shorter one has padding.
+        # The loss reads the rewards of a row's first `needed` tokens. "end" reads up to the row's
+        # own end, "tokens" up to the end of the longer row: padding of the shorter one takes part.
         needed = length if self.loss_on == "end" else longer.repeat(2)  # (2B,)
         rewards = self._rewards(ids, visible, needed)  # (2B, E)
         length = self._send(length)
@@ -284,7 +293,7 @@ class RewardModel(nn.Module):
 
 
 def check_decoder(config: PretrainedConfig, name: str) -> None:
-    """Raise ValueError unless it is a causal text decoder."""
+    """Raise ValueError unless it is a text decoder, and each token sees earlier ones only."""
     kind = config.model_type
     is_language_model = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     is_text_part = kind.endswith("_text")  # of a multimodal model
@@ -306,11 +315,12 @@ def check_decoder(config: PretrainedConfig, name: str) -> None:
 
 # ---- Chapter 2: checkpoints and ranks ----
 
-# transformers' from_pretrained would partition the weights itself if it saw ZeRO-3.
+# transformers partitions weights itself if a ZeRO-3 config is alive, for which it keeps a private
+# global. There is no public switch, and here weights are partitioned once they are complete.
 HF_DEEPSPEED_CONFIG = "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref"
 UNPARTITIONED = mock.patch(HF_DEEPSPEED_CONFIG, None)
 DAMAGED = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
-# What a loader would read of an older critic. save_pretrained removes older shards itself.
+# Files of an older critic that a loader would still read. save_pretrained removes older shards.
 OLDER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 OLDER_WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OLDER_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -338,7 +348,7 @@ def create_critic_model(
         tokenizer: if it has more tokens than a base model, the embeddings grow, to a multiple of 8.
         ds_config: DeepSpeed's; bf16 or fp16 sets the dtype (else float32), stage 3 partitions.
         rlhf_training: require a trained head, of DeepSpeed-Chat or of transformers'
-            `AutoModelForSequenceClassification` with one label. Else such a head is trained
+            `AutoModelForSequenceClassification` with one label. If False, such a head is trained
             further, and a base model gets a new one; `load_report` of the result says which.
         dropout, dtype: override those of the config and of `ds_config`.
         zero_stage: DeepSpeed-Chat's, ignored: `ds_config` has the stage.
@@ -374,7 +384,7 @@ def training_dtype(ds_config):
     """The dtype of the parameters that DeepSpeed expects."""
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         enabled = ds_config.get(name, {}).get("enabled", False)
-        if enabled not in (True, False):  # DeepSpeed takes "auto" for false, in silence
+        if enabled not in (True, False):  # DeepSpeed silently takes "auto" for false
             raise ValueError(f'"enabled" of {name} in ds_config is {enabled!r}: use true or false')
         if enabled:
             return dtype
@@ -407,12 +417,15 @@ def load_weights(path, config, dtype, needs_head):
     prefix = hf_class.base_model_prefix
     openrlhf = getattr(config, "value_head_prefix", "score")
     key_mapping = {
-        # The text decoder of a multimodal model; DeepSpeed-Chat's name, in both spellings.
+        # A multimodal model's text decoder: model.language_model.layers... -> model.layers...
         r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": f"{prefix}.",
+        # DeepSpeed-Chat's, in both spellings: rwtranrsformer.layers... -> model.layers...
         r"^rwtra(?:nsformer|nrsformer)\.": f"{prefix}.",
-        # Heads of DeepSpeed-Chat (v), OpenRLHF (value), UltraRM (regression) and Beaver (score).
+        # Heads of DeepSpeed-Chat (v), OpenRLHF (value), UltraRM (regression) and Beaver (score):
+        # v_head.weight -> score.weight
         rf"^({openrlhf}|(v|value|regression|score)_head)\.(?=(weight|bias)$)": "score.",
-        rf"^(?!{prefix}\.|score\.)(.+)": rf"{prefix}.\1",  # a bare decoder
+        # A bare decoder: layers... -> model.layers...
+        rf"^(?!{prefix}\.|score\.)(.+)": rf"{prefix}.\1",
     }
     options = {"config": config, "dtype": dtype, "key_mapping": key_mapping}
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -426,8 +439,8 @@ def load_weights(path, config, dtype, needs_head):
     wrong = mismatched | set(info["missing_keys"])
     has_head = "score.weight" not in wrong
     if needs_head:
-        wrong |= unused
-    else:  # a vision tower and the language model's head are not used
+        wrong |= unused  # it may be the head, under another name
+    else:  # a new head; a vision tower or the language model's head may be unused
         wrong -= {"score.weight"}
         unused |= mismatched & {"score.weight"}
     if wrong:
@@ -489,7 +502,7 @@ def write_folder(folder, model, tokenizer, state):
     for name in OLDER_WEIGHTS + OLDER_TOKENIZER:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
-    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else one set later is lost
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else only that of loading
     tokenizer.save_pretrained(folder)
     hf_model.save_pretrained(folder)
 
@@ -523,7 +536,10 @@ def gather_on_rank_0(state):
 
 @functools.cache
 def patient_group(world):
-    """While rank 0 writes 140 GB, the others may wait for hours. `world`: the default group."""
+    """A group whose ranks may wait for hours, while rank 0 writes 140 GB.
+
+    `world`, the default group, is only the cache's key.
+    """
     return dist.new_group(backend="gloo", timeout=timedelta(hours=6))
 
 
@@ -543,8 +559,9 @@ def on_rank_0(run: Callable, *arguments: Any) -> Any:
 
 # ---- Chapter 3: the prefix tree ----
 
-# Families that match a padded batch: causal attention over given position ids, full or in a window,
-# by AttentionInterface. Others are padded: BLOOM (ALiBi), Llama 4 (chunked), GPT-OSS (sinks), ...
+# Families for which the tree equals a padded batch: their attention is causal, over given position
+# ids, full or in a window, and goes through AttentionInterface. Others run padded batches: BLOOM
+# (ALiBi), Llama 4 (chunked), GPT-OSS (sinks), ...
 TREE_FAMILIES = (
     "afmoe", "apertus", "arcee", "aria_text", "axk1", "bitnet", "cohere", "cohere2", "cohere2_moe",
     "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe",
@@ -562,7 +579,7 @@ TREE_ATTENTION = "prefix_tree"  # the name of `tree_attention` in transformers' 
 # Options of attention that sdpa applies, or that change nothing here. An unknown one is an error.
 KNOWN_OPTIONS = ("dropout", "scaling", "sliding_window", "is_causal", "position_ids", "use_cache")
 KNOWN_OPTIONS += ("output_attentions",)
-CAUSAL_FROM = 512  # tokens; below, more sdpa calls cost more than causal attention saves
+CAUSAL_FROM = 512  # tokens; in shorter rows causal attention saves less than its extra calls cost
 
 
 def supports_tree(backbone):
@@ -576,8 +593,8 @@ def supports_tree(backbone):
 def tree_rewards(model, ids, visible, needed):
     """`RewardModel._rewards` with each distinct (prefix, token) computed once."""
     tree = PrefixTree(ids, visible, needed, model._send)
-    # The backbone passes `tree` down to its attention, and a 4-D mask as it is. This mask holds
-    # integers, so that sdpa raises an error if `tree` is lost.
+    # The backbone passes `tree` down to its attention, and does not change a 4-D mask. This one
+    # holds integers, so that sdpa raises an error if `tree` is lost on the way.
     placeholder = torch.ones(1, 1, 1, 1, dtype=torch.long, device=tree.ids.device)
     position_ids = tree.columns
     if model.config.model_type == "opt":  # transformers' OPT gives masked padding position -1
@@ -588,9 +605,11 @@ def tree_rewards(model, ids, visible, needed):
 
 
 class Block(NamedTuple):
-    """Rows whose attention is one sdpa call. In a causal block, query i is at column i: no mask.
+    """Rows whose attention is one sdpa call.
 
-    Shorter rows repeat their last query; their extra keys come after every query that counts.
+    In a causal block, query i is at column i, so that no mask is needed, unless a sliding window is
+    shorter than the row. Shorter rows repeat their last query. Their extra keys come after all
+    queries that count, or the mask hides them.
     """
 
     query_nodes: Tensor  # (rows, Q)
@@ -606,8 +625,8 @@ class PrefixTree:
     above are *shared* with it, the rest is *new*. The new tokens of all rows are the N nodes:
 
         rows    P Q a b      new    P Q a b      nodes, N = 7    P Q a b c d R
-                P Q a c d           . . . c d    columns         0 1 2 3 3 4 1
-                P R                 . R
+                P Q a c d           - - - c d    columns         0 1 2 3 3 4 1
+                P R                 - R
 
     `reference_nodes` in test_critic.py builds the same as a trie, token by token, which is plainer
     and several times slower.
@@ -636,9 +655,9 @@ class PrefixTree:
         differs = F.pad(rows[1:] != rows[:-1], (0, 0, 1, 0), value=True)  # all of row 0 is new
         is_shared = differs.cumsum(1) == 0  # (U, E)
         is_new = is_needed & ~is_shared
-        # New tokens are numbered row by row. A shared token's number is that of the newest node
-        # above it in its column, which is the largest so far: in the drawing, `a` of the second
-        # row is node 2, a new token of the first.
+        # New tokens are numbered row by row. A shared token is the node last introduced in its
+        # column, by a row above: the largest number so far, which cummax copies down. In the
+        # drawing, `a` of the second row is node 2, which the first row introduced.
         number = torch.zeros_like(rows)
         number[is_new] = torch.arange(int(is_new.sum()), device=ids.device)
         nodes = number.cummax(0).values  # (U, E)
@@ -646,7 +665,8 @@ class PrefixTree:
         self.visible = send(is_visible[is_new])
         self.columns = send(t.expand_as(rows)[is_new])
         self.node_index = send(nodes[row_of])
-        # On a CPU padding costs most. On an accelerator calls do: one block of each kind.
+        # On a CPU padding is the main cost. On an accelerator it is the number of calls, so there is
+        # one block of each kind.
         step = 128 if self.ids.is_cpu else 1 << 30
         groups = group_spans(is_shared.sum(1), is_visible.sum(1), is_needed.sum(1), step)
         self.blocks, self.output_index = make_blocks(nodes, groups, len(self.ids), send)
@@ -690,7 +710,8 @@ def group_spans(shared, visible, needed, step):
     for row, (shared_count, visible_count, needed_count) in enumerate(counts):
         # A masked block: new tokens are queries.
         spans = [(False, Span(row, shared_count, needed_count, visible_count))]
-        # If half is new, causal attention of all tokens costs no more than masked of the new ones.
+        # If more than half is new, causal attention of all tokens costs no more than masked
+        # attention of the new ones.
         if visible_count >= CAUSAL_FROM and 2 * shared_count < visible_count:
             causal = Span(row, 0, visible_count, visible_count)
             padding = Span(row, visible_count, needed_count, visible_count)  # hidden, but needed
@@ -717,9 +738,9 @@ def make_blocks(nodes, groups, N, send):
         blocks.append(Block(send(query_nodes), send(nodes_of_row[:, :K]), is_causal))
         queries_of_blocks.append(query_nodes.flatten())
     queries = torch.cat(queries_of_blocks)
-    # A node may be the query of several places: of several rows, which agree, and of places at the
-    # end of its row that repeat it, whose keys may differ. The first place is right: with queries
-    # [4, 5, 5, 5] node 5's output is at place 1.
+    # A node may be the query at several places. Rows that share it agree on its output. But a row's
+    # last query is repeated, and a repetition may see other keys, so the first place is taken: of
+    # queries [4, 5, 5, 5], node 5's output is at place 1.
     place = torch.arange(len(queries), device=nodes.device)
     output_index = nodes.new_full([N], len(queries)).scatter_reduce(0, queries, place, "amin")
     return blocks, send(output_index)
@@ -732,7 +753,7 @@ def round_up(length):
 
 @torch.compiler.disable  # its shapes differ from batch to batch
 def tree_attention(module, query, key, value, attention_mask, tree=None, **options):
-    """Attention, the only operation that mixes tokens, goes back from nodes to rows.
+    """Attention, the only operation that mixes tokens, is computed on rows again.
 
     Args: query (1, heads, N, D); key, value (1, KV heads, N, D). Returns (1, N, heads, D).
     """
@@ -741,14 +762,16 @@ def tree_attention(module, query, key, value, attention_mask, tree=None, **optio
     for name, option in options.items():
         if option is not None and name not in KNOWN_OPTIONS:
             raise ValueError(f"the prefix tree does not know {name}: pass share_prefix=False")
-    # How many columns a query sees. None: all (EXAONE 4). No option: the module's (Qwen2-MoE).
+    # How many columns a query sees. None means all (EXAONE 4). If the option is not passed, the
+    # module has it (Qwen2-MoE).
     window = options.get("sliding_window", getattr(module, "sliding_window", None))
     outputs = []
     for block, mask in zip(tree.blocks, tree.masks(window, query.dtype)):
         q = take(query, block.query_nodes)  # (rows, heads, Q, D)
         k = take(key, block.key_nodes)  # (rows, KV heads, K, D)
         v = take(value, block.key_nodes)
-        output, _ = sdpa_attention_forward(module, q, k, v, mask, **options)  # causal if None
+        # Where the mask is None, this function passes is_causal=True to sdpa.
+        output, _ = sdpa_attention_forward(module, q, k, v, mask, **options)
         outputs.append(output.flatten(0, 1))  # (rows * Q, heads, D)
     return torch.cat(outputs).index_select(0, tree.output_index)[None], None
 

@@ -59,11 +59,11 @@ def parse_args():
     add("--deepspeed_config", default=str(Path(__file__).with_name("ds_config.json")))
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
-    has_data = bool(args.data_path or args.eval_path)
-    if bool(args.model_name_or_path) != has_data:
-        parser.error("give --model_name_or_path and --data_path, or to evaluate --eval_path")
-    args.is_demonstration = not has_data
-    args.only_evaluates = has_data and not args.data_path
+    args.only_evaluates = bool(args.eval_path and not args.data_path)
+    args.is_demonstration = not (args.data_path or args.eval_path)
+    if bool(args.model_name_or_path) == args.is_demonstration:
+        modes = "--data_path, to train, or --eval_path, to evaluate"
+        parser.error(f"give --model_name_or_path together with {modes}")
     if args.num_train_epochs < 1:
         parser.error("--num_train_epochs must be at least 1; to evaluate, omit --data_path")
     if args.only_evaluates and args.resume:
@@ -77,7 +77,7 @@ def fail(problem):
 
 
 def is_rank_0():
-    """Also without a process group, as in a notebook that reads data."""
+    """It also works without a process group, as in a notebook that reads data."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -120,21 +120,21 @@ def read_config(args):
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         if args.only_evaluates:
             remove_optimizer(config)
-        elif "optimizer" not in config:
-            raise ValueError('"optimizer" is missing: add one, as in ds_config.json')
+        elif "type" not in config.get("optimizer", {}):
+            raise ValueError('"optimizer" is missing, or its "type": add it, as in ds_config.json')
         if args.learning_rate is not None and not args.only_evaluates:
             set_learning_rate(config, args.learning_rate)
         unresolved = set(auto_keys(config)) - {"scheduler.params.total_num_steps"}
         if unresolved:
             raise ValueError(f'"auto" at {sorted(unresolved)}: write a value')
         DeepSpeedConfig(config)  # among others, checks the batch sizes
-    except (AssertionError, DeepSpeedConfigError, ValueError) as error:
+    except (OSError, AssertionError, DeepSpeedConfigError, ValueError) as error:
         raise ValueError(f"--deepspeed_config {path}: {error}") from error
     return config
 
 
 def remove_optimizer(config):
-    """Its memory is not needed. ZeRO 1 and 2, which partition it, are errors without one."""
+    """An evaluation needs no optimizer. Without one, ZeRO 1 and 2 are errors."""
     for name in ("optimizer", "scheduler"):
         config.pop(name, None)
     if config.get("zero_optimization", {}).get("stage") != 3:
@@ -142,15 +142,18 @@ def remove_optimizer(config):
 
 
 def set_learning_rate(config, learning_rate):
-    schedule = config.get("scheduler", {}).get("type", "WarmupCosineLR")
-    if schedule != "WarmupCosineLR":
+    schedule = config.get("scheduler", {}).get("type")
+    if schedule not in (None, "WarmupCosineLR"):
         raise ValueError(f"--learning_rate: {schedule} sets its own: change its params instead")
     config["optimizer"].setdefault("params", {})["lr"] = learning_rate
 
 
 def load_model(args, ds_config):
     path = args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:  # for a wrong path, it does not name the path
+        raise ValueError(f"--model_name_or_path {path}: no tokenizer: {error}") from error
     if tokenizer.eos_token is None:
         raise ValueError(f"{path}: the tokenizer has no EOS token, which ends every text: set it")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -183,7 +186,7 @@ RESPONSE_TAGS += ("<start_of_turn>model", "### Response:", "[/INST]")
 class Row(NamedTuple):
     """A line of a data file."""
 
-    prompt: str  # tells which rows have one prompt; "" if none is given or found
+    prompt: str  # rows with equal values share a prompt; "" if none is given or found
     texts: list[str]  # prompt and response, best response first
     is_plain: bool  # EOS is appended; else a chat template rendered it
     add_special_tokens: bool  # for plain texts that do not begin with BOS already
@@ -219,12 +222,17 @@ def prompt_of_texts(prompt, texts):
     common = os.path.commonprefix(texts)
     end = max(common.rfind(tag) for tag in RESPONSE_TAGS)
     if end < 0:
-        end = common.rfind("\n")  # a line that the responses share may hide a prompt
+        # Lines that both texts begin with: "Q\nYes" and "Q\nYet" have the prompt "Q". Without a
+        # tag, a first line that both responses share is taken for a part of the prompt.
+        end = common.rfind("\n")
     return (common[: max(end, 0)] or common).strip()
 
 
 def prompt_of_messages(prompt, dialogues):
-    """The messages, given or those that all dialogues begin with, up to the user's last one."""
+    """The messages, given or those that all dialogues begin with, up to the user's last one.
+
+    So tool calls, and first turns that all responses share, do not make another prompt of it.
+    """
     turns = [[json.dumps(turn, sort_keys=True) for turn in dialogue] for dialogue in dialogues]
     count = len(prompt or os.path.commonprefix(turns))
     users = [at for at, turn in enumerate(dialogues[0][:count]) if turn["role"] == "user"]
@@ -233,7 +241,9 @@ def prompt_of_messages(prompt, dialogues):
 
 
 def encode_row(row, tokenizer):
-    """A Row of the JSON object of a line. Raises ValueError if it has none of the FORMS."""
+    """A Row of the JSON object of a line, which must have one of the FORMS."""
+    if not isinstance(row, dict):
+        raise TypeError(FORMS)
     prompt = row.get("prompt")
     responses = row.get("ranked") or [row.get("chosen"), row.get("rejected")]
     parts = [prompt, *responses] if prompt else responses
@@ -250,28 +260,40 @@ def encode_row(row, tokenizer):
         "".join(complete).encode()  # an error for half of a surrogate pair
         bos = tokenizer.bos_token
         has_bos = bos is not None and all(text.startswith(bos) for text in complete)
-        return Row(prompt_of_texts(prompt, complete), complete, True, not has_bos, repeats_prompt)
+        return Row(
+            prompt=prompt_of_texts(prompt, complete),
+            texts=complete,
+            is_plain=True,
+            add_special_tokens=not has_bos,
+            repeats_prompt=repeats_prompt,
+        )
     tools = row.get("tools")
     if isinstance(tools, str):  # as many hub datasets store them
         tools = json.loads(tools, object_hook=drop_nulls)
     texts = []
     for messages in complete:
         texts.append(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
-    return Row(prompt_of_messages(prompt, complete), texts, False, False, repeats_prompt)
+    return Row(
+        prompt=prompt_of_messages(prompt, complete),
+        texts=texts,
+        is_plain=False,
+        add_special_tokens=False,
+        repeats_prompt=repeats_prompt,
+    )
 
 
 def read_rows(paths, tokenizer):
     """Yield a Row for each line of .jsonl[.gz] files. Errors name file and line."""
     bad = (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError, TemplateError)
     for path in paths:
-        opener = gzip.open if path.endswith(".gz") else open
+        opener = gzip.open if str(path).endswith(".gz") else open
         number = 0
         try:
             with opener(path, "rb") as lines:
                 for number, line in enumerate(progress(lines, desc=path), 1):
                     if line.strip():
                         row = json.loads(line, object_hook=drop_nulls)
-                        yield encode_row(dict(row), tokenizer)
+                        yield encode_row(row, tokenizer)
         except bad as error:
             raise ValueError(f"{path}:{number}: {str(error)[:150]}") from error
 
@@ -296,7 +318,7 @@ def tokenize(rows, tokenizer):
 
 
 def end_with(ids, eos):
-    """Append EOS where the text or the tokenizer has not."""
+    """Make the ids end with exactly one EOS, which the text or the tokenizer may have added."""
     while ids[-1:] == [eos]:
         ids = ids[:-1]
     return [*ids, eos]
@@ -374,7 +396,11 @@ def shuffle_prompts(pairs, seed):
 
 
 def deal(pairs, ranks):
-    """Give ranks equally many pairs and similar token counts; prompts are split only to fit."""
+    """Give ranks equally many pairs and similar token counts.
+
+    Prompts with many tokens come first. Each goes to the rank with the fewest tokens among those
+    that have room for all its pairs. If none has, it is split.
+    """
     size = len(pairs) // ranks
     dealt = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -416,13 +442,16 @@ SETTINGS += ("compute_fp32_loss",)
 
 def make_engine(model, ds_config, pairs, args):
     pairs_per_step = DeepSpeedConfig(ds_config).train_batch_size
-    epoch_steps = len(pairs) // pairs_per_step  # the remaining pairs are others in each epoch
+    epoch_steps = len(pairs) // pairs_per_step  # each epoch leaves out other pairs
     if not epoch_steps and not args.only_evaluates:
         raise ValueError(f"{len(pairs)} training pairs give no step of {pairs_per_step}: pass more")
     schedule = ds_config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
         schedule["total_num_steps"] = args.num_train_epochs * epoch_steps
-    return deepspeed.initialize(model=model, config=ds_config)[0]
+    try:
+        return deepspeed.initialize(model=model, config=ds_config)[0]
+    except AssertionError as error:  # DeepSpeed's for an optimizer that it does not know, ...
+        raise ValueError(f"--deepspeed_config {args.deepspeed_config}: {error}") from error
 
 
 def newest_checkpoint(folder):
@@ -430,18 +459,22 @@ def newest_checkpoint(folder):
 
 
 def check_output_dir(folder, args):
-    """Raise ValueError if the folder holds a run, unless this one may continue or replace it."""
+    """Raise ValueError if the folder holds a run, unless this one resumes or replaces it.
+
+    A demonstration replaces an earlier one. --resume continues a run from its newest checkpoint,
+    or restarts a run that ended before its first. Nothing else may write into the folder.
+    """
     found = []
     for name in RUN_FILES:
         path = folder / name
-        if path.exists() and path.stat().st_size > 0:  # a lock on metrics.jsonl leaves it empty
+        if path.exists() and path.stat().st_size > 0:  # before the first line, metrics are empty
             found.append(name)
     is_unfinished = "config.json" not in found
-    may_write = args.resume and (is_unfinished or newest_checkpoint(folder) is not None)
-    if "demo" in found:  # a demonstration replaces an earlier one, and nothing else
-        may_write = args.is_demonstration
-    if found and not may_write:
-        fix = "pass another --output_dir, or --resume a run with checkpoints"
+    can_resume = is_unfinished or newest_checkpoint(folder) is not None
+    can_resume = can_resume and "demo" not in found and not args.only_evaluates
+    replaces = args.is_demonstration and "demo" in found
+    if found and not replaces and not (args.resume and can_resume):
+        fix = "pass another --output_dir" + (", or --resume" if can_resume else "")
         raise ValueError(f"{folder} holds {found[0]}: {fix}")
 
 
@@ -479,10 +512,12 @@ def fingerprint(args, ds_config):
     return settings
 
 
-def resume_run(engine, folder, file, settings):
+def resume_run(engine, folder, file, settings, resume):
     """Load the newest checkpoint, if there is one, and cut metrics.jsonl to its lines."""
     newest = on_rank_0(newest_checkpoint, folder)
     written = 0
+    if resume and newest is None:
+        say(f"{folder} has no checkpoint: starting at step 0")
     if newest is not None:
         say(f"resuming from {newest}; if it cannot be read, delete it")
         before, written = json.loads((newest / "run.json").read_text())
@@ -492,7 +527,7 @@ def resume_run(engine, folder, file, settings):
                 f"--resume: {changed} changed since {newest}: undo that, or start over"
             )
         engine.load_checkpoint(str(newest.parent), newest.name)
-    on_rank_0(file.truncate, min(written, file.tell()))
+    on_rank_0(file.truncate, min(written, file.tell()))  # it is shorter if a user deleted it
 
 
 def save_checkpoint(engine, folder, file, settings):
@@ -561,7 +596,11 @@ def check_finite(value, what, folder):
 
 
 def gradient_norm(engine):
-    """Of the last step. None: not given, or fp16 seeks its loss scale. Infinite: not applied."""
+    """The norm of the last step's gradient before clipping.
+
+    It is None where DeepSpeed does not give it, and while fp16 seeks its loss scale. It is infinite
+    if the step was skipped for another reason.
+    """
     if engine.was_step_applied():
         norm = engine.get_global_grad_norm()
         return None if norm is None else float(norm)
@@ -577,6 +616,9 @@ def set_up(args, folder):
     """Everything before the first step. Bad input ends here, before anything is written."""
     ds_config = read_config(args)
     on_rank_0(check_output_dir, folder, args)
+    for path in [*(args.data_path or []), *(args.eval_path or [])]:
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: no such file")
     if args.is_demonstration:
         args.model_name_or_path = f"{folder}/demo"
         args.data_path = [f"{folder}/demo/manual.jsonl"]
@@ -586,7 +628,7 @@ def set_up(args, folder):
     engine = make_engine(model, ds_config, train_pairs, args)
     settings = on_rank_0(fingerprint, args, ds_config)
     file = open_metrics(folder, args)
-    resume_run(engine, folder, file, settings)
+    resume_run(engine, folder, file, settings, args.resume)
     return engine, tokenizer, train_pairs, eval_pairs, settings, file
 
 
@@ -612,6 +654,7 @@ def main():
         shuffled = shuffle_prompts(train_pairs, args.seed + epoch)
         for at in range(step % epoch_steps, epoch_steps):
             began = time.perf_counter()
+            learning_rate = engine.optimizer.param_groups[0]["lr"]  # DeepSpeed's begins at 0
             step += 1
             # Dropout depends on seed, step and rank only, so that a resumed run draws the same.
             torch.manual_seed(args.seed + step * dist.get_world_size() + dist.get_rank())
@@ -620,15 +663,16 @@ def main():
             for batch in batches_of_rank(step_pairs, engine, pad_id):
                 output = engine(**batch)
                 engine.backward(output["loss"])
-                engine.step()  # of the optimizer, after the last micro-batch
+                engine.step()  # the optimizer steps after the last micro-batch only
                 sums += pair_metrics(output)[:3].sum(1)
             dist.all_reduce(sums)
             loss, accuracy, margin = (sums / pairs_per_step).tolist()
             norm = gradient_norm(engine)
-            check_finite(loss, f"step {step}: the loss", folder)  # nothing is saved yet
+            # Nothing of this step has been saved yet.
+            check_finite(loss, f"step {step}: the loss", folder)
             check_finite(norm or 0.0, f"step {step}: the gradient", folder)
             metrics = {"epoch": step / epoch_steps, "loss": loss, "accuracy": accuracy}
-            metrics |= {"margin": margin, "grad_norm": norm, "learning_rate": engine.get_lr()[0]}
+            metrics |= {"margin": margin, "grad_norm": norm, "learning_rate": learning_rate}
             metrics["pairs_per_second"] = pairs_per_step / (time.perf_counter() - began)
             log(engine, file, metrics)
             bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}", refresh=False)
