@@ -2420,8 +2420,10 @@ def test_loop_a_second_run_in_a_folder_leaves_the_first_alone(trained, training,
     with ThreadPoolExecutor() as pool:
         first = pool.submit(run_ranks, arguments, main, 1)
         wait_for_text(output / "metrics.jsonl")
-        printed = run_ranks(arguments + "--resume", ranks=1, code=1)
-        (tmp_path / "go").write_text("go")
+        try:
+            printed = run_ranks(arguments + "--resume", ranks=1, code=1)
+        finally:
+            (tmp_path / "go").write_text("go")
         first.result()
     assert "metrics.jsonl: another run writes there: end it, or pass another" in printed
     assert read_metrics(output) == read_metrics(trained(1, 0))
