@@ -469,10 +469,10 @@ def check_output_dir(folder, args):
         path = folder / name
         if path.exists() and path.stat().st_size > 0:  # before the first line, metrics are empty
             found.append(name)
-    is_unfinished = "config.json" not in found
-    can_resume = is_unfinished or newest_checkpoint(folder) is not None
-    can_resume = can_resume and "demo" not in found and not args.only_evaluates
     replaces = args.is_demonstration and "demo" in found
+    can_resume = not (args.is_demonstration or args.only_evaluates or "demo" in found)
+    is_unfinished = "config.json" not in found
+    can_resume = can_resume and (is_unfinished or newest_checkpoint(folder) is not None)
     if found and not replaces and not (args.resume and can_resume):
         fix = "pass another --output_dir" + (", or --resume" if can_resume else "")
         raise ValueError(f"{folder} holds {found[0]}: {fix}")
@@ -494,7 +494,6 @@ def lock_metrics(file, folder, args):
         fix = "end it, or pass another --output_dir"
         raise ValueError(f"{file.name}: another run writes there: {fix} ({error})") from error
     if args.is_demonstration and not args.resume:
-        file.truncate(0)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     check_output_dir(folder, args)  # again: another run may have ended since
 
