@@ -91,8 +91,8 @@ def ranking_loss(
 
     "tokens" averages it over the positions [p, e), from the divergence p to the end e of the longer
     row, as DeepSpeed-Chat does, with padding of the shorter row (DeepSpeedExamples #316). "end"
-    compares end scores (InstructGPT, arXiv:2203.02155). Identical texts, where p = e, give log 2 and
-    no gradient.
+    compares end scores (InstructGPT, arXiv:2203.02155). Identical texts, where p = e, give log 2
+    and no gradient.
 
     Args: rewards (2B, E), aligned at column 0; length (2B,), content tokens; divergence (B,), p.
     """
@@ -665,8 +665,8 @@ class PrefixTree:
         self.visible = send(is_visible[is_new])
         self.columns = send(t.expand_as(rows)[is_new])
         self.node_index = send(nodes[row_of])
-        # On a CPU padding is the main cost. On an accelerator it is the number of calls, so there is
-        # one block of each kind.
+        # On a CPU padding is the main cost. On an accelerator it is the number of calls, so
+        # there is one block of each kind.
         step = 128 if self.ids.is_cpu else 1 << 30
         groups = group_spans(is_shared.sum(1), is_visible.sum(1), is_needed.sum(1), step)
         self.blocks, self.output_index = make_blocks(nodes, groups, len(self.ids), send)

@@ -1143,8 +1143,8 @@ def tiny_language_model(family):
 
 @pytest.mark.parametrize("family", sorted(EVERY))
 def test_every_family(family, tokenizer, tmp_path, monkeypatch):
-    """From a saved language model: its last hidden state, the tree with blocks of both kinds, saving
-    and loading."""
+    """From a saved language model: its last hidden state, the tree with blocks of both kinds,
+    saving and loading."""
     monkeypatch.setattr(critic, "CAUSAL_FROM", 8)
     language = tiny_language_model(family)
     if language is None:
@@ -2526,7 +2526,7 @@ BAD_FLAGS = {
     "--deepspeed_config {folder}/broken": "broken: Expecting property name",
     "only --data_path {folder}/good.jsonl.gz": "give --model_name_or_path together with",
     "only --model_name_or_path {folder}/base": "give --model_name_or_path together with",
-    "only --model_name_or_path x --eval_path y --resume": "--resume continues training: give --data",
+    "only --model_name_or_path x --eval_path y --resume": "--resume continues training: give",
     "only --model_name_or_path {folder}/base --eval_path {folder}/good.jsonl.gz --output_dir "
     "{folder}/out": "base does not match its config.json: .* a head is score.weight",
 }
