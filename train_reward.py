@@ -653,7 +653,7 @@ def main():
         shuffled = shuffle_prompts(train_pairs, args.seed + epoch)
         for at in range(step % epoch_steps, epoch_steps):
             began = time.perf_counter()
-            learning_rate = engine.optimizer.param_groups[0]["lr"]  # DeepSpeed's begins at 0
+            learning_rate = engine.optimizer.param_groups[0]["lr"]  # WarmupCosineLR begins at 0
             step += 1
             # Dropout depends on seed, step and rank only, so that a resumed run draws the same.
             torch.manual_seed(args.seed + step * dist.get_world_size() + dist.get_rank())
