@@ -774,6 +774,8 @@ def test_gradient_checkpointing_changes_no_gradient(kind, tokenizer):
     same(results(model, *batch), expected)
     model.gradient_checkpointing_disable()
     assert not model.rwtransformer.layers[0].gradient_checkpointing
+    model.gradient_checkpointing_enable(every_n_layers=2)  # an option of transformers' method
+    assert sum(layer.gradient_checkpointing for layer in model.rwtransformer.layers) == 1
 
 
 def test_recomputed_activations_do_not_use_cudnn_attention(tokenizer):
@@ -1408,8 +1410,17 @@ def trained(training):
     @functools.cache
     def run(ranks, stage):
         output = training.folder / f"{ranks}-{stage}"
-        printed = run_ranks(training(output, stage, 4 // ranks), ranks=ranks)
-        assert printed.count("48 pairs; dropped 0") == 1  # only rank 0 prints
+        arguments = training(output, stage, 4 // ranks)
+        start = time.time()
+        printed = run_ranks(arguments, ranks=ranks)
+        seconds = time.time() - start
+        for text in ("48 pairs; dropped 0", "value head: newly", "critic saved: load it with"):
+            assert printed.count(text) == 1  # only rank 0 prints
+        assert "LOAD REPORT" not in printed
+        lines = (output / "metrics.jsonl").read_text()
+        speeds = [float(speed) for speed in re.findall('"pairs_per_second": ([^}]+)', lines)]
+        assert len(speeds) == 12
+        assert 0 < sum(16 / speed for speed in speeds) < seconds  # a step has 16 pairs
         return output
 
     return run
@@ -1468,6 +1479,20 @@ def test_loop_the_demonstration_learns(demonstration):
     assert 0.6 < first["eval_loss"] < 0.8
     assert last["eval_loss"] < 0.2
     assert last["eval_accuracy"] >= 0.9
+
+
+def test_loop_the_demonstrations_files_are_always_the_same(demonstration, loop, tmp_path):
+    loop.demonstration(tmp_path)
+    files = [path.name for path in tmp_path.iterdir()]
+    assert {"model.safetensors", "manual.jsonl"} < set(files)
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (demonstration / "demo" / name).read_bytes()
+
+
+def test_loop_only_rank_0_draws_a_progress_bar(loop, monkeypatch):
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert loop.progress([]).disable == (rank > 0)
 
 
 # ---- the loop, beside a plain one ----
@@ -1718,6 +1743,7 @@ def test_loop_stops_if_a_static_loss_scale_overflows(training, tmp_path):
     arguments = training(tmp_path / "out", 1, fp16=fp16)
     printed = run_ranks(arguments, main=train_in_fp16, ranks=1, code=1)
     assert "error: step 1: the gradient is not finite: check the data" in printed
+    assert "last checkpoint: none, see --save_interval" in printed
 
 
 # ---- the loop's data ----
