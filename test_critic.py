@@ -2550,7 +2550,7 @@ BAD_FLAGS = {
     "--output_dir {folder}/used": "used holds metrics.jsonl: pass another --output_dir",
     "--output_dir {folder}/left": "left holds checkpoints: pass another --output_dir",
     "--output_dir {folder}/demonstrated --resume": "demonstrated holds demo: pass another --outp",
-    "only --output_dir {folder}/used": "used holds metrics.jsonl: pass another --output_dir(?!, or)",
+    "only --output_dir {folder}/used": "holds metrics.jsonl: pass another --output_dir(?!, or)",
     "only --output_dir {folder}/used --resume": "used holds metrics.jsonl: pass another --output",
     "--output_dir {folder}/base --resume": "base holds config.json: pass another --output_dir",
     "--deepspeed_config {folder}/missing.json": "missing.json",
