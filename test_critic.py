@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -1069,6 +1070,8 @@ def test_causal_blocks_pass_no_mask(monkeypatch):
     full, windowed = (tree.masks(window, torch.float32) for window in (None, 8))
     for block, *masks in zip(tree.blocks, full, windowed):
         assert [mask is None for mask in masks] == [block.is_causal, False]
+    again = tree.masks(8, torch.float32)
+    assert all(map(operator.is_, windowed, again))  # one copy for all layers
 
 
 def test_an_accelerator_gets_at_most_two_blocks_of_each_kind():
